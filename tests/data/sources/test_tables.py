@@ -1,0 +1,149 @@
+import json
+import pickle
+
+import pytest
+
+from vlm_jax.data.sources import BadRecord, CsvConfig, JsonlConfig, TarConfig, source_for_path
+from vlm_jax.schema import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.png", "b.png", "c d.png"):
+        (tmp_path / "pictures" / name).write_bytes(name.encode())
+    return tmp_path
+
+
+def jsonl(folder, *lines, ending="\n"):
+    path = folder / "t.jsonl"
+    path.write_bytes(ending.join(lines).encode("utf-8", "surrogateescape"))
+    return str(path)
+
+
+def row(image="pictures/a.png", caption="first"):
+    return json.dumps({"image": image, "caption": caption, "id": 3}, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n"])
+@pytest.mark.parametrize("tail", ["", "\n"])
+def test_jsonl_rows(folder, ending, tail):
+    lines = [row(), row("pictures/b.png", ["café", "two"]), row("pictures/c d.png", "line\u2028separator")]
+    path = jsonl(folder, *lines, tail, ending=ending) if tail else jsonl(folder, *lines, ending=ending)
+    source = source_for_path(path).build("")
+    assert len(source) == 3
+    assert source[0] == {"image": b"a.png", "texts": ("first",), "key": "number 1", "where": path}
+    assert source[1]["texts"] == source.texts(1) == ("café", "two")
+    assert source[2]["image"] == b"c d.png"
+    assert source[2]["texts"] == ("line\u2028separator",)
+    assert pickle.loads(pickle.dumps(source))[2] == source[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"image": ', "not JSON in UTF-8"),
+        ('["a"]', "is a list, not a JSON object"),
+        ('{"image": "pictures/a.png", "caption": "\udcff"}', "not JSON in UTF-8"),
+        ('{"image": "pictures/a.png"}', "no 'caption'"),
+        ('{"caption": "x"}', "names no image under 'image'"),
+        (row(caption=""), "caption is empty"),
+        (row(caption="\ud800".encode("utf-16", "surrogatepass").decode("utf-16", "ignore") or " "), "caption is empty"),
+        (row("pictures/none.png"), "its image 'pictures/none.png' can't be read: No such file"),
+        (row("pictures"), "Is a directory"),
+    ],
+)
+def test_jsonl_unusable_lines_name_file_and_line(folder, line, why):
+    path = jsonl(folder, row(), line, row())
+    source = JsonlConfig(path=path).build("")
+    with pytest.raises(BadRecord, match=why) as caught:
+        source[1]
+    assert (caught.value.where, caught.value.key) == (path, "number 2")
+    assert source[2]["texts"] == ("first",)
+
+
+def test_jsonl_lone_surrogates_in_escapes(folder):
+    source = JsonlConfig(path=jsonl(folder, row(), '{"image": "pictures/a.png", "caption": "x\\ud800"}')).build("")
+    with pytest.raises(BadRecord, match="not valid UTF-8"):
+        source[1]
+
+
+def test_missing_columns_list_those_found_and_the_nearest(folder):
+    path = jsonl(folder, '{"file_name": "a.png", "captions": "x"}')
+    with pytest.raises(ConfigError, match=r"no column 'image' .*image_key.*it has: file_name, captions"):
+        JsonlConfig(path=path).build("")
+    with pytest.raises(ConfigError, match=r"no column 'caption' .*text_key.*did you mean 'captions'\?"):
+        JsonlConfig(path=path, image_key="file_name").build("")
+    table = folder / "t.csv"
+    table.write_text("filepath,title\na.png,x\n")
+    with pytest.raises(ConfigError, match=r"no column 'path' .*it has: filepath, title; did you mean 'filepath'\?"):
+        CsvConfig(path=str(table), image_key="path", text_key="title").build("")
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_csv_separator_is_found(folder, separator, mark):
+    path = folder / ("t.tsv" if separator == "\t" else "t.csv")
+    other = ";" if separator == "," else ","
+    lines = [
+        separator.join(("image", "id", "caption")),
+        separator.join(("pictures/a.png", "1", f'"a {separator} quoted ""word"" and\na line{other}"')),
+        separator.join(("pictures/c d.png", "2", "café")),
+    ]
+    path.write_text(mark + "\n".join(lines), encoding="utf-8")
+    source = source_for_path(str(path)).build("")
+    assert len(source) == 2
+    assert source[0]["texts"] == (f'a {separator} quoted "word" and\na line{other}',)
+    assert source[1] == {"image": b"c d.png", "texts": ("café",), "key": "number 2", "where": str(path)}
+    assert pickle.loads(pickle.dumps(source)).texts(1) == ("café",)
+
+
+def test_csv_unusable_rows(folder):
+    path = folder / "t.csv"
+    path.write_bytes(
+        b"image,caption\npictures/a.png,ok\npictures/a.png,\n,x\npictures/a.png,\xff\xfe\npictures/a.png\n"
+    )
+    source = CsvConfig(path=str(path)).build("")
+    assert len(source) == 5
+    assert source[0]["texts"] == ("ok",)
+    for index, why in (
+        (1, "caption is empty"),
+        (2, "'image' is empty"),
+        (3, "not valid UTF-8"),
+        (4, "caption is empty"),
+    ):
+        with pytest.raises(BadRecord, match=f"number {index + 1} of .*t.csv.*{why}"):
+            source[index]
+
+
+def test_image_root(folder):
+    table = folder / "elsewhere.csv"
+    table.write_text("image,caption\na.png,x\n")
+    source = CsvConfig(path=str(table), image_root=str(folder / "pictures")).build("")
+    assert source[0]["image"] == b"a.png"
+
+
+@pytest.mark.parametrize("config", [JsonlConfig, CsvConfig])
+def test_missing_and_empty_tables(folder, config):
+    with pytest.raises(ConfigError, match="path is empty"):
+        config().build("")
+    with pytest.raises(ConfigError, match="is not a file"):
+        config(path=str(folder / "none")).build("")
+    empty = folder / "empty"
+    empty.write_text("")
+    with pytest.raises(ConfigError, match="no line|no column"):
+        config(path=str(empty)).build("")
+    empty.write_text("image,caption\n")
+    with pytest.raises(ConfigError, match="no row|no JSON"):
+        config(path=str(empty)).build("")
+
+
+def test_kind_is_read_from_the_name(folder):
+    assert isinstance(source_for_path("x/s-{000..010}.tar"), TarConfig)
+    assert isinstance(source_for_path("a.TSV"), CsvConfig)
+    assert isinstance(source_for_path("a.jsonl"), JsonlConfig)
+    (folder / "x.tar").write_text("")
+    assert isinstance(source_for_path(str(folder)), TarConfig)
+    for path in ("photos.zip", str(folder / "pictures")):
+        with pytest.raises(ConfigError, match=r"config\.data\.path = .*give tar shards"):
+            source_for_path(path)

@@ -1,0 +1,132 @@
+"""The other libraries' CLIPs with random weights, in sizes that a test can afford. Imports torch."""
+
+import functools
+import importlib.machinery
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+IMAGE = {"width": 32, "depth": 3, "heads": 4, "mlp_dim": 128, "image_size": 32, "patch_size": 8}
+TEXT = {"width": 24, "depth": 2, "heads": 3, "mlp_dim": 96, "vocab_size": 60, "length": 10}
+EMBED_DIM = 16
+EOS_ID = 59
+
+
+class _Placeholder(torch.nn.Module):
+    """Stands for whatever torchvision offers; nothing here calls it."""
+
+    BICUBIC = BILINEAR = None  # open_clip's defaults of arguments
+
+
+class _PlaceholderModule(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Placeholder
+
+
+@functools.cache
+def import_open_clip() -> Any:
+    """open_clip without torchvision, which it needs for transforms only and which may not fit the torch installed."""
+    names = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional")
+    stubs = {f"torchvision{name}": _PlaceholderModule(f"torchvision{name}") for name in names}
+    for name, stub in stubs.items():
+        stub.__spec__, stub.__path__ = importlib.machinery.ModuleSpec(name, None), []
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(stubs[parent], child, stub)
+    blocked = {"timm": None}  # optional there, and it would look into the stubs
+    saved = {name: sys.modules.get(name) for name in (*stubs, *blocked)}
+    sys.modules.update({**stubs, **blocked})  # pyright: ignore[reportArgumentType, reportCallIssue]
+    try:
+        import open_clip
+    finally:
+        for name, module in saved.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+    return open_clip
+
+
+def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Every weight away from its start: biases and norms too, which initialisers leave at 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "logit_scale":
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * (0.1 if parameter.ndim < 2 else 0.05))
+    return model.eval()
+
+
+def hf_model(activation: str) -> CLIPModel:
+    config = CLIPConfig(
+        projection_dim=EMBED_DIM,
+        vision_config={
+            "hidden_size": IMAGE["width"],
+            "num_hidden_layers": IMAGE["depth"],
+            "num_attention_heads": IMAGE["heads"],
+            "intermediate_size": IMAGE["mlp_dim"],
+            "image_size": IMAGE["image_size"],
+            "patch_size": IMAGE["patch_size"],
+            "hidden_act": activation,
+        },
+        text_config={
+            "hidden_size": TEXT["width"],
+            "num_hidden_layers": TEXT["depth"],
+            "num_attention_heads": TEXT["heads"],
+            "intermediate_size": TEXT["mlp_dim"],
+            "vocab_size": TEXT["vocab_size"],
+            "max_position_embeddings": TEXT["length"],
+            "hidden_act": activation,
+            "eos_token_id": EOS_ID,
+            "bos_token_id": EOS_ID - 1,
+        },
+    )
+    torch.manual_seed(0)
+    return randomise(CLIPModel(config), 1)
+
+
+def open_clip_settings(activation: str) -> dict[str, Any]:
+    """An open_clip model config."""
+    return {
+        "embed_dim": EMBED_DIM,
+        "quick_gelu": activation == "quick_gelu",
+        "vision_cfg": {
+            "layers": IMAGE["depth"],
+            "width": IMAGE["width"],
+            "head_width": IMAGE["width"] // IMAGE["heads"],
+            "patch_size": IMAGE["patch_size"],
+            "image_size": IMAGE["image_size"],
+        },
+        "text_cfg": {
+            "context_length": TEXT["length"],
+            "vocab_size": TEXT["vocab_size"],
+            "width": TEXT["width"],
+            "heads": TEXT["heads"],
+            "layers": TEXT["depth"],
+        },
+    }
+
+
+def open_clip_model(activation: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return randomise(import_open_clip().CLIP(**open_clip_settings(activation)), 2)
+
+
+def to_numpy(state_dict: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.detach().numpy().copy() for name, value in state_dict.items()}
+
+
+def batch(seed: int = 3, size: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Images NHWC and token ids, each text ending in the end id and padded with zeros."""
+    rng = np.random.default_rng(seed)
+    images = rng.normal(size=(size, IMAGE["image_size"], IMAGE["image_size"], 3)).astype(np.float32)
+    ids = rng.integers(1, EOS_ID - 1, (size, TEXT["length"])).astype(np.int32)
+    for row, end in zip(ids, rng.integers(2, TEXT["length"], size), strict=True):
+        row[end], row[end + 1 :] = EOS_ID, 0
+    return images, ids

@@ -1,0 +1,474 @@
+"""Checkpoints under everything that happens to them: other meshes, kills, damage, full disks, other models."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlm_jax.checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointError,
+    DamagedStepError,
+    read_params,
+    save_params,
+)
+
+META = {
+    "config": {"width": 4, "name": "tiny", "lr": 5e-4},
+    "tokenizer": {"kind": "bytes"},
+    "preprocess": {"size": 8, "mean": [0.5, 0.25, 0.125]},
+}
+
+
+def make_mesh(devices: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def make_state(devices: int = 8, step: int = 0, ema: bool = False):
+    """A state with all that a run has: bf16, scalars, optax's named tuples, empty nodes."""
+    rng = np.random.default_rng(step)
+    params = {
+        "image": {"kernel": rng.normal(size=(16, 4)).astype(np.float32)},
+        "text": {"bias": np.ones(8, np.float32)},
+    }
+    state = {
+        "step": np.int32(step),
+        "params": params,
+        "opt_state": optax.adamw(1e-3, mu_dtype=jnp.bfloat16).init(jax.tree.map(jnp.asarray, params)),
+        "extra": {"queue": np.zeros((0, 4), np.float32), "none": {}},
+        "ema": jax.tree.map(lambda x: x * 2, params) if ema else {},
+    }
+    mesh = make_mesh(devices)
+
+    def place(x):
+        spec = P("data") if x.ndim and x.size and x.shape[0] % devices == 0 else P()
+        return jax.device_put(jnp.asarray(x), NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, state)
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def make(tmp_path: Path, **config) -> Checkpointer:
+    return Checkpointer(tmp_path / "checkpoints", CheckpointConfig(**{"every": 1, **config}))
+
+
+def save(checkpointer: Checkpointer, step: int, state=None, **kwargs) -> bool:
+    state = make_state(step=step) if state is None else state
+    return checkpointer.save(step, state, data_position=step * 32, **{**META, **kwargs})
+
+
+def assert_same(actual, expected) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_round_trip_of_state_and_meta(tmp_path):
+    checkpointer = make(tmp_path)
+    assert checkpointer.restore(abstract(make_state())) is None
+    state = make_state(step=3)
+    assert save(checkpointer, 3, state, extra_meta={"note": "hello"})
+    assert not save(checkpointer, 3, state)
+    restored = checkpointer.restore(abstract(state))
+    assert restored is not None
+    assert_same(restored[0], state)
+    for a, b in zip(jax.tree.leaves(restored[0]), jax.tree.leaves(state), strict=True):
+        assert a.sharding == b.sharding
+    meta = restored[1]
+    assert {key: meta[key] for key in META} == META
+    assert (meta["step"], meta["data_position"], meta["note"]) == (3, 96, "hello")
+    assert meta["manifest"]["opt_state/0/mu/image/kernel"]["dtype"] == "bfloat16"
+    checkpointer.close()
+
+
+def test_restores_on_other_device_counts(tmp_path):
+    checkpointer = make(tmp_path)
+    state = make_state(8, step=1)
+    save(checkpointer, 1, state)
+    for devices in (2, 1, 4):
+        target = make_state(devices, step=2)
+        restored = checkpointer.restore(abstract(target))
+        assert restored is not None
+        assert_same(restored[0], state)
+        assert len(restored[0]["params"]["image"]["kernel"].sharding.device_set) == devices
+    checkpointer.close()
+
+
+def test_buffers_may_be_donated_right_after_save(tmp_path):
+    checkpointer = make(tmp_path)
+    state = make_state(step=1)
+    expected = jax.tree.map(np.asarray, jax.tree.map(jnp.copy, state))
+    save(checkpointer, 1, state)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    jax.block_until_ready(overwrite(state))
+    restored = checkpointer.restore(abstract(make_state()))
+    assert restored is not None
+    assert_same(restored[0], expected)
+    checkpointer.close()
+
+
+def test_retention_keeps_newest_and_every_nth(tmp_path):
+    checkpointer = make(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 8):
+        save(checkpointer, step)
+    checkpointer.close()
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6, 7]
+
+
+def test_schedule_and_refusals(tmp_path):
+    checkpointer = make(tmp_path, every=5)
+    assert [step for step in range(11) if checkpointer.due(step)] == [5, 10]
+    assert not save(checkpointer, 3)
+    with pytest.raises(CheckpointError, match="not finite"):
+        save(checkpointer, 5, finite=False)
+    assert checkpointer.latest_step() is None
+    assert save(checkpointer, 7, force=True)
+    with pytest.raises(CheckpointError, match="older than the newest"):
+        save(checkpointer, 5)
+    with pytest.raises(CheckpointError, match="only arrays can be saved, not lr"):
+        save(checkpointer, 10, {"lr": 0.1})
+    with pytest.raises(CheckpointError, match="plain JSON data"):
+        save(checkpointer, 10, config={"dtype": jnp.float32})
+    problems = CheckpointConfig(every=0, keep=0, keep_every=-1).problems()
+    assert [key for key, _ in problems] == ["every", "keep", "keep_every"]
+    assert not list(CheckpointConfig().problems())
+    checkpointer.close()
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    """A directory with the checkpoints 1 and 2, to be copied and damaged."""
+    root = tmp_path_factory.mktemp("two_steps")
+    checkpointer = make(root)
+    for step in (1, 2):
+        save(checkpointer, step)
+    checkpointer.close()
+    return root
+
+
+def files_of(step_directory: Path) -> list[Path]:
+    return sorted(path for path in step_directory.rglob("*") if path.is_file())
+
+
+def data_file(step_directory: Path) -> Path:
+    """The file that holds the arrays' bytes."""
+    return max((p for p in files_of(step_directory / "state") if "d" in p.parts), key=lambda p: p.stat().st_size)
+
+
+def flip(path: Path, bit: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << (bit % 8)
+    path.write_bytes(bytes(raw))
+
+
+def damaged_copy(two_steps: Path, tmp_path: Path, name: str) -> Path:
+    root = tmp_path / name
+    shutil.copytree(two_steps, root)
+    return root
+
+
+def test_a_damaged_newest_step_is_named_moved_and_its_elder_used(two_steps, tmp_path, caplog):
+    root = damaged_copy(two_steps, tmp_path, "run")
+    os.truncate(data_file(root / "checkpoints" / "2"), 10)
+    checkpointer = make(root)
+    restored = checkpointer.restore(abstract(make_state()))
+    assert restored is not None
+    assert_same(restored[0], make_state(step=1))
+    assert restored[1]["step"] == 1
+    assert "step 2 is damaged" in caplog.text
+    assert str(root / "checkpoints" / "2") in caplog.text
+    assert files_of(root / "damaged-checkpoints" / "2-0")
+    # The run repeats step 2 and saves it again; damaged again, it is moved beside the first.
+    assert checkpointer.latest_step() == 1
+    assert save(checkpointer, 2)
+    checkpointer.wait()
+    shutil.rmtree(root / "checkpoints" / "2" / "state")
+    assert checkpointer.restore(abstract(make_state())) is not None
+    assert (root / "damaged-checkpoints" / "2-1").is_dir()
+    checkpointer.close()
+
+
+def test_a_flipped_bit_names_the_array(two_steps, tmp_path, caplog):
+    """The arrays are found in the file by their bytes, so that the flip's victim is known."""
+    root = tmp_path / "run"
+    checkpointer = make(root)
+    values = np.random.default_rng(0).integers(0, 2**32, size=(2, 4096), dtype=np.uint32)
+    good = {"params": {"left": jnp.asarray(values[0]), "right": jnp.asarray(values[1])}}
+    for step in (1, 2):
+        save(checkpointer, step, good)
+    checkpointer.wait()
+    path = data_file(root / "checkpoints" / "2")
+    # Random words don't compress, so zstd stores them as they are.
+    place = path.read_bytes().find(values[1].tobytes()[:64])
+    assert place > 0
+    flip(path, 8 * (place + 40) + 3)
+    restored = checkpointer.restore(abstract(good))
+    assert restored is not None
+    assert restored[1]["step"] == 1
+    assert "damaged arrays: params/right" in caplog.text
+    assert "params/left" not in caplog.text
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("way", ["flip", "truncate", "delete", "empty"])
+def test_no_damage_to_any_file_is_silent(two_steps, tmp_path, way):
+    """Whatever is done to a file of the newest step: the result is that step or, said aloud, its elder; never else."""
+    expected = {step: make_state(step=step) for step in (1, 2)}
+    count = len(files_of(two_steps / "checkpoints" / "2"))
+    fallbacks = 0
+    for index in range(count):
+        root = damaged_copy(two_steps, tmp_path, f"run{index}")
+        path = files_of(root / "checkpoints" / "2")[index]
+        size = path.stat().st_size
+        if not size and way != "delete":
+            continue
+        if way == "flip":
+            flip(path, int(np.random.default_rng(index).integers(8 * size)))
+        elif way == "truncate":
+            os.truncate(path, size // 2)
+        elif way == "empty":
+            os.truncate(path, 0)
+        else:
+            path.unlink()
+        checkpointer = make(root)
+        restored = checkpointer.restore(abstract(make_state()))
+        checkpointer.close()
+        assert restored is not None
+        state, meta = restored
+        assert_same(state, expected[meta["step"]])
+        assert (root / "damaged-checkpoints").exists() == (meta["step"] == 1)
+        fallbacks += meta["step"] == 1
+    assert fallbacks > 0
+
+
+def test_a_thousand_flips_in_the_arrays_file_none_silent(two_steps, tmp_path):
+    root = damaged_copy(two_steps, tmp_path, "run")
+    step = root / "checkpoints" / "2"
+    path = data_file(step)
+    raw = path.read_bytes()
+    expected, caught = make_state(step=2)["params"], 0
+    for bit in np.random.default_rng(0).choice(8 * len(raw), size=1000, replace=False):
+        flip(path, int(bit))
+        try:
+            params, _ = read_params(step)
+            assert_same(params, expected)  # the bit belongs to another array, or to none
+        except DamagedStepError:
+            caught += 1
+        path.write_bytes(raw)
+    assert caught > 100
+
+
+def test_all_steps_damaged_is_an_error_that_repeats(two_steps, tmp_path):
+    root = damaged_copy(two_steps, tmp_path, "run")
+    for step in (1, 2):
+        (root / "checkpoints" / str(step) / "meta" / "metadata").write_text('{"step": 9}')
+    for _ in range(2):
+        checkpointer = make(root)
+        with pytest.raises(CheckpointError, match=r"(?s)no checkpoint in .* usable.*step 2: .*sha256.*step 1: "):
+            checkpointer.restore(abstract(make_state()))
+        checkpointer.close()
+    assert not (root / "damaged-checkpoints").exists()
+
+
+def test_another_models_state_lists_every_difference_and_moves_nothing(two_steps, tmp_path):
+    root = damaged_copy(two_steps, tmp_path, "run")
+    target = abstract(make_state())
+    target["params"] = {
+        "image": {
+            "kernel": jax.ShapeDtypeStruct((32, 4), jnp.float32),
+            "scale": jax.ShapeDtypeStruct((4,), jnp.float32),
+        },
+    }
+    target["step"] = jax.ShapeDtypeStruct((), jnp.uint32)
+    checkpointer = make(root)
+    with pytest.raises(CheckpointError) as error:
+        checkpointer.restore(target)
+    lines = str(error.value).splitlines()
+    assert "init_from" in lines[0]
+    assert [line.strip() for line in lines[1:]] == [
+        "params/image/scale: not in the checkpoint",
+        "params/text/bias: in the checkpoint, but not in this model",
+        "params/image/kernel: float32[16, 4] in the checkpoint, float32[32, 4] in this model",
+        "step: int32[] in the checkpoint, uint32[] in this model",
+    ]
+    checkpointer.close()
+    assert sorted(p.name for p in (root / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_sharding_that_does_not_fit_is_no_damage(two_steps, tmp_path):
+    root = damaged_copy(two_steps, tmp_path, "run")
+    target = abstract(make_state())
+    sharding = NamedSharding(make_mesh(8), P(None, "data"))
+    target["params"]["image"]["kernel"] = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=sharding)
+    checkpointer = make(root)
+    with pytest.raises(ValueError, match="divi"):
+        checkpointer.restore(target)
+    checkpointer.close()
+    assert sorted(p.name for p in (root / "checkpoints").iterdir()) == ["1", "2"]
+
+
+# ---- interrupted and failing saves ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file_size_limit():
+    """Sets the size beyond which writing to a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_and_wait(checkpointer: Checkpointer, step: int, state) -> None:
+    save(checkpointer, step, state)
+    checkpointer.wait()
+
+
+def save_both(checkpointer: Checkpointer, state) -> None:
+    """The failure of step 1 may show at its own call or, as it is written in the background, at the next."""
+    save(checkpointer, 1, state)
+    save(checkpointer, 2, state)
+
+
+def test_a_failed_save_is_reported_and_the_run_can_go_on(tmp_path, file_size_limit):
+    checkpointer = make(tmp_path, keep=1)
+    big = {"params": {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**18))}}
+    assert save(checkpointer, 1, big)
+    checkpointer.wait()
+    file_size_limit(2**19)
+    with pytest.raises(CheckpointError, match=r"(?s)step 2 to .* failed; the checkpoint of step 1 is still good.*room"):
+        save_and_wait(checkpointer, 2, big)
+    file_size_limit(resource.RLIM_INFINITY)
+    assert checkpointer.latest_step() == 1
+    restored = checkpointer.restore(abstract(big))
+    assert restored is not None
+    assert_same(restored[0], big)
+    assert save(checkpointer, 2, big)
+    checkpointer.close()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_a_failed_save_surfaces_at_the_next_one(tmp_path, file_size_limit):
+    checkpointer = make(tmp_path)
+    file_size_limit(2**16)
+    big = {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**18))}
+    with pytest.raises(CheckpointError, match=r"step 1 .* failed; there is no earlier one"):
+        save_both(checkpointer, big)
+    file_size_limit(resource.RLIM_INFINITY)
+    checkpointer.close()
+
+
+SAVING = """
+    import sys
+    import jax.numpy as jnp
+    from vlm_jax.checkpoint import CheckpointConfig, Checkpointer
+
+    checkpointer = Checkpointer(sys.argv[1], CheckpointConfig(every=1, keep=2))
+    start = (checkpointer.latest_step() or 0) + 1
+    print("ready", flush=True)
+    for step in range(start, 1000):
+        state = {"w": jnp.full((64, 1024), step, jnp.float32), "v": jnp.arange(9.0)}
+        checkpointer.save(step, state, data_position=step, config={}, tokenizer=None, preprocess={})
+"""
+
+
+def test_kill_while_saving_leaves_a_good_checkpoint(tmp_path):
+    target = {"w": jax.ShapeDtypeStruct((64, 1024), jnp.float32), "v": jax.ShapeDtypeStruct((9,), jnp.float32)}
+    directory, previous = tmp_path / "checkpoints", 0
+    for delay in (0.3, 0.41, 0.57):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SAVING), str(directory)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        # Waiting for a first commit keeps the moment of the kill inside the saves on a slow machine.
+        deadline = time.monotonic() + 60
+        while not any(p.name.isdecimal() and int(p.name) > previous for p in directory.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        checkpointer = Checkpointer(directory, CheckpointConfig(every=1, keep=2))
+        restored = checkpointer.restore(target)
+        checkpointer.close()
+        assert restored is not None
+        state, meta = restored
+        assert meta["step"] > previous
+        previous = meta["step"]
+        assert (np.asarray(state["w"]) == previous).all()
+        assert not (tmp_path / "damaged-checkpoints").exists()
+
+
+# ---- parameters alone -----------------------------------------------------------------------------------------------
+
+
+def test_read_params_prefers_the_average_and_takes_any_path(tmp_path):
+    checkpointer = make(tmp_path)
+    for step in (1, 2):
+        save(checkpointer, step, make_state(step=step, ema=True))
+    checkpointer.close()
+    new, old = make_state(step=2, ema=True), make_state(step=1, ema=True)
+    for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "2"):
+        params, meta = read_params(path)
+        assert_same(params, new["ema"])
+        assert meta["config"] == META["config"]
+    assert_same(read_params(tmp_path, prefer="params")[0], new["params"])
+    assert_same(read_params(tmp_path / "checkpoints" / "1")[0], old["ema"])
+    assert len(params["image"]["kernel"].sharding.device_set) == 1
+
+
+def test_read_params_onto_a_mesh(two_steps):
+    sharding = NamedSharding(make_mesh(4), P("data"))
+    for shardings in (sharding, {"image": {"kernel": sharding}, "text": {"bias": sharding}}):
+        params, _ = read_params(two_steps, shardings=shardings)
+        assert_same(params, make_state(step=2)["params"])
+        assert params["image"]["kernel"].sharding == sharding
+    with pytest.raises(CheckpointError, match=r"no sharding is given .*: text/bias"):
+        read_params(two_steps, shardings={"image": {"kernel": sharding}})
+
+
+def test_read_params_refuses_damage_and_absence(two_steps, tmp_path):
+    root = damaged_copy(two_steps, tmp_path, "run")
+    os.truncate(data_file(root / "checkpoints" / "2"), 10)
+    with pytest.raises(DamagedStepError, match=r"can't be read.*; give another step of"):
+        read_params(root)
+    read_params(root / "checkpoints" / "1")
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint.*doesn't exist"):
+        read_params(tmp_path / "nothing")
+    checkpointer = make(tmp_path / "bare")
+    save(checkpointer, 1, {"step": jnp.int32(1)})
+    checkpointer.close()
+    with pytest.raises(CheckpointError, match="no parameters, only: step"):
+        read_params(tmp_path / "bare")
+
+
+def test_save_params_loads_like_a_run(tmp_path):
+    params = jax.tree.map(np.asarray, make_state()["params"])
+    save_params(tmp_path / "imported", params, **META)
+    restored, meta = read_params(tmp_path / "imported")
+    assert_same(restored, params)
+    assert {key: meta[key] for key in META} == META
+    with pytest.raises(CheckpointError, match="holds step 0 already"):
+        save_params(tmp_path / "imported", params, **META)

@@ -1,0 +1,96 @@
+"""From a config to the parts of a run: mesh, tokenizer, objective, state, step. Training, evaluation and planning
+build them here, so that what is planned or evaluated is what is trained.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vlm_jax.config import Config
+from vlm_jax.data.captions import captions
+from vlm_jax.data.sources import Source
+from vlm_jax.data.text import SentencePieceConfig, Tokenizer, build_tokenizer
+from vlm_jax.evals.base import Evaluator
+from vlm_jax.evals.encoder import MeshEncoder
+from vlm_jax.mesh import make_mesh
+from vlm_jax.objectives.base import ModelObjective
+from vlm_jax.step import Setup, StepFunction, make_setup, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a config means on a mesh; no array exists yet.
+
+    Attributes:
+        config: the resolved config.
+        mesh: the devices.
+        objective: the method and its model.
+        setup: shapes, shardings, parts, optimiser and initial state.
+        step: the jitted train step.
+    """
+
+    config: Config
+    mesh: Mesh
+    objective: ModelObjective
+    setup: Setup
+    step: StepFunction
+
+
+def build_program(config: Config, mesh: Mesh | None = None) -> Program:
+    """Resolves a config on a mesh (default: its own over all devices); raises `ConfigError` before any compile."""
+    if mesh is None:
+        config.check_devices(jax.device_count())
+        mesh = make_mesh(config.mesh)
+    objective = config.objective.build(config.data.preprocess, config.compute_dtype())
+    setup = make_setup(
+        objective,
+        config.optimizer,
+        config.parts,
+        mesh,
+        total_steps=config.train.steps,
+        seed=config.seed,
+        ema=config.train.ema_decay is not None,
+    )
+    step = make_train_step(
+        objective,
+        setup.optimizer,
+        setup.parts,
+        mesh,
+        config.train.accum_steps,
+        seed=config.seed,
+        ema_decay=config.train.ema_decay,
+        state_shardings=jax.tree.map(lambda x: x.sharding, setup.abstract),
+    )
+    return Program(config, mesh, objective, setup, step)
+
+
+def build_run_tokenizer(config: Config, source: Source, saved: Mapping[str, Any] | None) -> Tokenizer:
+    """The tokenizer of a checkpoint if there is one, else that of the config; checked against the model.
+
+    A SentencePiece model without a path is trained from the captions of the source; it is a pure function of them.
+    """
+    if saved is not None:
+        tokenizer = Tokenizer.from_state(saved)
+    else:
+        settings = config.data.tokenizer
+        trained_here = isinstance(settings, SentencePieceConfig) and not settings.path
+        tokenizer = build_tokenizer(settings, captions(source) if trained_here else None)
+    config.objective.check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def build_evaluators(
+    config: Config, objective: ModelObjective, tokenizer: Tokenizer, mesh: Mesh, cache_dir: str
+) -> list[tuple[int, Evaluator]]:
+    """(every, evaluator) of each evaluation of the config; `every` = 0: whenever the loop evaluates."""
+    encoder = MeshEncoder(objective, tokenizer, config.objective.image_size, mesh, config.data.batch_size)
+    return [(entry.every, entry.build(encoder, cache_dir)) for entry in config.evals]
+
+
+def index_directory(workdir: str) -> str:
+    """Where a run keeps the indices of shards whose own folders can't be written."""
+    return os.path.join(workdir, "index")

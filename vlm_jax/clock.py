@@ -1,0 +1,59 @@
+"""Where the time of the loop goes: steps measured by waiting for their results, and what the steps waited for."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+
+class Clock:
+    """Wall time since the last report, split into phases.
+
+    A step's time is that between two moments at which results were there (`step_done`), less evaluation and saving;
+    dispatch alone is never taken for a step, so that a rate can't exceed what the chip does.
+
+    Args:
+        now: seconds, rising; a test passes its own.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now = now
+        self._phases: dict[str, float] = {}
+        self._steps = 0
+        self._seen_first = False
+        self._mark = now()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time inside under `name`: "data" is part of a step, anything else is not."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._phases[name] = self._phases.get(name, 0.0) + self._now() - start
+
+    def first_step(self) -> bool:
+        """Whether no step was counted yet; the first one holds the compilation and is left out of all rates."""
+        return not self._seen_first
+
+    def step_done(self) -> None:
+        """The results of a step are there."""
+        if not self._seen_first:
+            self._seen_first = True
+            self._restart()
+            return
+        self._steps += 1
+
+    def summary(self) -> dict[str, float]:
+        """`seconds_per_step` and `data_wait` (share of that) since the last summary, which starts a new interval."""
+        outside = sum(seconds for name, seconds in self._phases.items() if name != "data")
+        busy = max(self._now() - self._mark - outside, 1e-9)
+        steps = max(self._steps, 1)
+        result = {
+            "seconds_per_step": busy / steps,
+            "data_wait": min(self._phases.get("data", 0.0) / busy, 1.0),
+        }
+        self._restart()
+        return result
+
+    def _restart(self) -> None:
+        self._mark, self._steps, self._phases = self._now(), 0, {}

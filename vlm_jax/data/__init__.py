@@ -1,0 +1,1 @@
+"""Data: records, their order, images, text, and global batches."""

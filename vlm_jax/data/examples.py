@@ -1,0 +1,71 @@
+"""Records to examples: the arrays of one row of a batch. Runs in worker processes, so nothing here needs JAX."""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from vlm_jax.data import images
+from vlm_jax.data.images import AugmentConfig, PreprocessConfig
+from vlm_jax.data.sources.base import BadRecord, Record
+from vlm_jax.data.text import Tokenizer
+
+Example = dict[str, np.ndarray]
+
+
+class MakeExample(Protocol):
+    """What turns a record into a row. All rows have the same keys, shapes and dtypes."""
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """The row; `rng` is None in evaluation, where nothing is random. Raises `BadRecord`."""
+        ...
+
+
+class Views:
+    """The image of a record as the model sees it: cropped at random in training, else the evaluation view."""
+
+    def __init__(self, size: int, preprocess: PreprocessConfig, augment: AugmentConfig | None):
+        self.size, self.preprocess, self.augment = size, preprocess, augment
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> np.ndarray:
+        """uint8 [size, size, 3]; raises `BadRecord` when the image can't be decoded."""
+        try:
+            image = images.decode(record["image"])
+        except ValueError as error:
+            raise BadRecord(record["where"], record["key"], str(error)) from error
+        if rng is None or self.augment is None:
+            return images.preprocess(image, self.preprocess, self.size)
+        return images.random_resized_crop(image, rng, self.augment, self.size)
+
+
+class ClipExamples:
+    """`image` uint8 [size, size, 3] and `text` int32 [length]: one caption, random in training, else the first.
+
+    Args:
+        tokenizer: gives the ids and their length.
+        size: width and height of the model's images in pixels.
+        preprocess: the evaluation view.
+        augment: the random crop of training; None trains on the evaluation view.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, size: int, preprocess: PreprocessConfig, augment: AugmentConfig | None):
+        self.tokenizer, self.views = tokenizer, Views(size, preprocess, augment)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """One row; raises `BadRecord`."""
+        texts = record["texts"]
+        chosen = texts[rng.integers(len(texts))] if rng is not None else texts[0]
+        return {"image": self.views(record, rng), "text": self.tokenizer([chosen])[0]}
+
+
+class LabelledImages:
+    """`image` uint8 [size, size, 3] and `label` int32 [], of sources whose records have labels."""
+
+    def __init__(self, size: int, preprocess: PreprocessConfig, augment: AugmentConfig | None = None):
+        self.views = Views(size, preprocess, augment)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """One row; raises `BadRecord` when the record has no label."""
+        label: Any = record.get("label")
+        if label is None:
+            raise BadRecord(record["where"], record["key"], "it has no label")
+        return {"image": self.views(record, rng), "label": np.asarray(label, np.int32)}

@@ -1,0 +1,208 @@
+"""Encoded files to uint8 RGB, the evaluation preprocessing of CLIP, and the training crop. Host side, numpy only.
+
+Nothing here scales to floats on the way to the chip: batches travel as uint8 and the objective normalises them.
+"""
+
+import dataclasses
+import io
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Literal
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image
+
+MAX_PIXELS = 89_478_485
+"""Images with more pixels are refused: 256 MiB of RGB, the limit at which Pillow speaks of a decompression bomb."""
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Interpolation = Literal["bicubic", "bilinear", "area"]
+_PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+# What Pillow's decoders raise on damaged files, beside OSError.
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessConfig:
+    """How a decoded image becomes the square that the model sees in evaluation; the size comes from the model."""
+
+    # shortest: shorter side to size, then centre crop (CLIP). squash: both sides to size (SigLIP). longest: whole
+    # image inside the square, the rest filled
+    resize: Literal["shortest", "squash", "longest"] = "shortest"
+    # bicubic and bilinear are Pillow's, with antialiasing; area is OpenCV's, twice as fast, for large photographs
+    interpolation: Interpolation = "bicubic"
+    # per-channel mean of pixels in [0, 1]
+    mean: tuple[float, float, float] = CLIP_MEAN
+    # per-channel standard deviation of pixels in [0, 1]
+    std: tuple[float, float, float] = CLIP_STD
+    # colour (0..255) of the ground that `longest` fills
+    fill: tuple[int, int, int] = (0, 0, 0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values outside of their range."""
+        if min(self.std) <= 0:
+            yield "std", f"= {self.std} must be positive in every channel"
+        if not all(0 <= value <= 255 for value in self.fill):
+            yield "fill", f"= {self.fill} must lie in 0..255"
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """The random crop (and flip) of training; CLIP used a random square crop alone (paper, section 2.5)."""
+
+    # share of the image's area that the crop covers: least and most
+    scale: tuple[float, float] = (0.9, 1.0)
+    # width over height of the crop: least and most
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    # probability of a horizontal flip; captions that say "left" forbid it
+    flip: float = 0.0
+    # filter of the resize after the crop, as in the preprocessing
+    interpolation: Interpolation = "bicubic"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Ranges that no crop satisfies."""
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            yield "scale", f"= {self.scale} must satisfy 0 < least <= most <= 1"
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            yield "ratio", f"= {self.ratio} must satisfy 0 < least <= most"
+        if not 0 <= self.flip <= 1:
+            yield "flip", f"= {self.flip} must be a probability in 0..1"
+
+
+def decode(image: bytes | np.ndarray) -> np.ndarray:
+    """An encoded file, or an array that is an image already, as uint8 [H, W, 3] RGB, upright.
+
+    Colour follows Pillow's `convert("RGB")`, as CLIP's preprocessing does: alpha is dropped (not composited), palettes
+    are looked up, CMYK is inverted naively without its profile. 16-bit grey keeps its high byte. Of an animation the
+    first frame is taken. The EXIF orientation is applied.
+
+    Raises:
+        ValueError: the file is damaged, cut short, of no known format, too large (`MAX_PIXELS`), or holds pixels
+            without a fixed range (floating point).
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        return image
+    if not image:
+        raise ValueError("the image file is empty")
+    try:
+        return _decode_file(image)
+    except _DECODER_ERRORS as error:
+        raise ValueError(f"the image can't be decoded ({error or type(error).__name__})") from error
+
+
+def _decode_file(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as header:  # reads no pixels yet
+        if header.width * header.height > MAX_PIXELS:
+            raise ValueError(f"{header.width}x{header.height} pixels are more than the {MAX_PIXELS} allowed")
+        orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+        if header.format == "JPEG" and header.mode in ("RGB", "L"):
+            # Twice as fast as Pillow, the same pixels (both are libjpeg-turbo), and an error on damage, where OpenCV
+            # returns a damaged picture without a word.
+            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        else:
+            pixels = np.asarray(_to_rgb(header))
+    return _upright(pixels, orientation)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point, of unknown range; store it as 8 or 16 bit")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # convert("RGB") would clip at 255 and turn nearly all of a 16-bit image white.
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours; straight to RGB, Pillow warns about the alpha it drops
+    return image.convert("RGB")
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes the EXIF orientation (1..8: where row 0 and column 0 of the stored array lie in the scene)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def resize(image: np.ndarray, width: int, height: int, interpolation: Interpolation) -> np.ndarray:
+    """uint8 [H, W, 3] to uint8 [height, width, 3]."""
+    if image.shape[:2] == (height, width):
+        return image
+    if interpolation == "area":
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    return np.asarray(Image.fromarray(image).resize((width, height), _PILLOW_FILTERS[interpolation]))
+
+
+def preprocess(image: np.ndarray, config: PreprocessConfig, size: int) -> np.ndarray:
+    """The evaluation view, uint8 [H, W, 3] to uint8 [size, size, 3].
+
+    With the defaults it is CLIP's (openai/CLIP `_transform`): Pillow bicubic of the shorter side to `size`, with the
+    longer side and the crop's corner rounded as torchvision rounds them, and a centre crop.
+    """
+    height, width = image.shape[:2]
+    if config.resize == "squash":
+        return resize(image, size, size, config.interpolation)
+    if config.resize == "longest":
+        longest = max(height, width)
+        new_height, new_width = max(1, round(height * size / longest)), max(1, round(width * size / longest))
+        top, left = (size - new_height) // 2, (size - new_width) // 2
+        padded = np.broadcast_to(np.asarray(config.fill, np.uint8), (size, size, 3)).copy()
+        small = resize(image, new_width, new_height, config.interpolation)
+        padded[top : top + new_height, left : left + new_width] = small
+        return padded
+    # torchvision truncates the longer side and rounds the corner half to even
+    new_height = size if height <= width else int(size * height / width)
+    new_width = size if width <= height else int(size * width / height)
+    resized = resize(image, new_width, new_height, config.interpolation)
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    return resized[top : top + size, left : left + size]
+
+
+def random_resized_crop(image: np.ndarray, rng: np.random.Generator, config: AugmentConfig, size: int) -> np.ndarray:
+    """The training view, uint8 [H, W, 3] to uint8 [size, size, 3].
+
+    Area and aspect ratio are drawn as in torchvision's `RandomResizedCrop` (Szegedy et al. 2015, section 6): uniform
+    area, log-uniform ratio, ten tries, else the largest centre crop within the ratios.
+    """
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], rng, config)
+    crop = np.ascontiguousarray(image[top : top + height, left : left + width])
+    view = resize(crop, size, size, config.interpolation)
+    return view[:, ::-1] if config.flip and rng.random() < config.flip else view
+
+
+def crop_box(height: int, width: int, rng: np.random.Generator, config: AugmentConfig) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop."""
+    least, most = math.log(config.ratio[0]), math.log(config.ratio[1])
+    for _ in range(10):
+        area = height * width * rng.uniform(*config.scale)
+        ratio = math.exp(rng.uniform(least, most))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(0, height - crop_height + 1))
+            left = int(rng.integers(0, width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    ratio = width / height
+    crop_width = min(width, max(1, round(height * config.ratio[1]))) if ratio > config.ratio[1] else width
+    crop_height = min(height, max(1, round(width / config.ratio[0]))) if ratio < config.ratio[0] else height
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def normalise(image: np.ndarray, config: PreprocessConfig) -> np.ndarray:
+    """uint8 [..., 3] to float32 [..., 3]: (pixel / 255 - mean) / std."""
+    mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
+    return (image.astype(np.float32) / np.float32(255) - mean) / std

@@ -1,0 +1,159 @@
+"""Drawn scenes of coloured shapes with captions that say all there is to see. They need no files.
+
+A record is a pure function of (seed, split, index). Its `scene` lists the objects, for questions and answers about
+them. This is a test bed with known truth, not a benchmark.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vlm_jax.data.order import example_rng
+from vlm_jax.data.sources.base import Record, SourceConfig
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+COLORS = {
+    "red": (214, 39, 40),
+    "green": (44, 140, 44),
+    "blue": (40, 70, 200),
+    "yellow": (240, 210, 30),
+    "purple": (140, 60, 170),
+    "orange": (250, 130, 20),
+    "brown": (110, 65, 40),
+    "black": (20, 20, 20),
+}
+SIZES = {"small": 0.075, "large": 0.145}  # radius over image width; a cell of the 3x3 grid is 0.33 wide
+POSITIONS = (
+    "top left", "top centre", "top right",
+    "middle left", "centre", "middle right",
+    "bottom left", "bottom centre", "bottom right",
+)  # fmt: skip
+_SUPERSAMPLING = 4
+_SPLIT_STREAMS = {"train": 0, "test": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesConfig(SourceConfig):
+    """Scenes on a plain ground, one object at most in each cell of a 3x3 grid."""
+
+    # the test scenes are drawn from the same distribution by another random stream
+    split: Literal["train", "test"] = "train"
+    # number of records
+    count: int = 10000
+    # width and height of the images in pixels
+    image_size: int = 64
+    # objects in a scene: from this many ...
+    min_objects: int = 1
+    # ... to this many
+    max_objects: int = 3
+    # seed of the scenes; not the run's seed, which orders them
+    seed: int = 0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Sizes and counts that can't be drawn."""
+        if self.count < 1:
+            yield "count", f"= {self.count} leaves no record; use 1 or more"
+        if self.image_size < 16:
+            yield "image_size", f"= {self.image_size} is too small to tell the shapes apart; use 16 or more"
+        if not 1 <= self.min_objects <= self.max_objects <= len(POSITIONS):
+            yield (
+                "min_objects",
+                (
+                    f"= {self.min_objects} and max_objects = {self.max_objects} must satisfy "
+                    f"1 <= min_objects <= max_objects <= {len(POSITIONS)}, the cells of the grid"
+                ),
+            )
+
+    def build(self, cache_dir: str) -> "ShapesSource":
+        """The drawn scenes; needs no files."""
+        return ShapesSource(self)
+
+
+class ShapesSource:
+    """uint8 [image_size, image_size, 3] scenes with two captions and the list of objects."""
+
+    class_names: tuple[str, ...] = ()
+
+    def __init__(self, config: ShapesConfig):
+        self.config = config
+
+    def __len__(self) -> int:
+        return self.config.count
+
+    def __getitem__(self, index: int) -> Record:
+        """The scene; `scene` is a list of dicts with `shape`, `color`, `size`, `position`, in reading order."""
+        rng, scene = self._scene(index)
+        return {
+            "image": _draw(scene, self.config.image_size, rng),
+            "texts": _captions(scene),
+            "scene": scene,
+            "key": f"{self.config.split}-{index:06d}",
+            "where": "shapes",
+        }
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """The captions, without drawing."""
+        return _captions(self._scene(index)[1])
+
+    def _scene(self, index: int) -> tuple[np.random.Generator, list[dict[str, str]]]:
+        if not 0 <= index < self.config.count:
+            raise IndexError(f"shapes has {self.config.count} records, no record {index}")
+        rng = example_rng(self.config.seed, 2 * index + _SPLIT_STREAMS[self.config.split])
+        count = int(rng.integers(self.config.min_objects, self.config.max_objects + 1))
+        cells = sorted(rng.choice(len(POSITIONS), size=count, replace=False))
+        return rng, [
+            {
+                "shape": SHAPES[rng.integers(len(SHAPES))],
+                "color": tuple(COLORS)[rng.integers(len(COLORS))],
+                "size": tuple(SIZES)[rng.integers(len(SIZES))],
+                "position": POSITIONS[cell],
+            }
+            for cell in cells
+        ]
+
+
+def _captions(scene: list[dict[str, str]]) -> tuple[str, ...]:
+    """The whole scene in words, from the first object to the last and in the opposite order."""
+    phrases = [f"a {o['size']} {o['color']} {o['shape']} in the {o['position']}" for o in scene]
+    return tuple(dict.fromkeys((" and ".join(phrases), " and ".join(reversed(phrases)))))
+
+
+def _draw(scene: list[dict[str, str]], size: int, rng: np.random.Generator) -> np.ndarray:
+    """Ground, colours and places vary a little from scene to scene, so that pixels alone don't name a caption."""
+    wide = size * _SUPERSAMPLING
+    image = Image.new("RGB", (wide, wide), tuple(int(v) for v in rng.integers(215, 256, size=3)))
+    canvas = ImageDraw.Draw(image)
+    for item in scene:
+        row, column = divmod(POSITIONS.index(item["position"]), 3)
+        jitter_x, jitter_y = rng.uniform(-0.015, 0.015, size=2)
+        centre = ((column + 0.5) / 3 + jitter_x) * wide, ((row + 0.5) / 3 + jitter_y) * wide
+        color = np.clip(np.asarray(COLORS[item["color"]]) + rng.integers(-12, 13, size=3), 0, 255)
+        _draw_object(canvas, item["shape"], centre, SIZES[item["size"]] * wide, tuple(int(v) for v in color))
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
+
+
+def _draw_object(canvas: Any, shape: str, centre: tuple[float, float], radius: float, color: tuple[int, ...]) -> None:
+    x, y = centre
+    if shape == "circle":
+        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
+    elif shape == "square":
+        side = 0.85 * radius
+        canvas.rectangle((x - side, y - side, x + side, y + side), fill=color)
+    elif shape == "cross":
+        arm = 0.3 * radius
+        canvas.rectangle((x - radius, y - arm, x + radius, y + arm), fill=color)
+        canvas.rectangle((x - arm, y - radius, x + arm, y + radius), fill=color)
+    else:
+        corners, depth = {"triangle": (3, 1.0), "diamond": (4, 1.0), "star": (5, 0.4)}[shape]
+        points = []
+        for step in range(2 * corners):
+            if step % 2 and depth == 1.0:
+                continue  # a convex shape has no inner corners
+            length = radius * (depth if step % 2 else 1.0)
+            angle = math.pi * step / corners - math.pi / 2
+            points.append((x + length * math.cos(angle), y + length * math.sin(angle)))
+        canvas.polygon(points, fill=color)

@@ -1,0 +1,213 @@
+"""Texts to rows of token ids: the runtime tokenizer, its conventions and its configs.
+
+`bpe` and `sentencepieces` turn one text into ids; here are context length, start and end tokens, padding and
+truncation, and what a checkpoint stores. Chat templates are not here.
+"""
+
+import base64
+import dataclasses
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from vlm_jax import schema
+from vlm_jax.data import bpe, sentencepieces
+from vlm_jax.schema import Choice, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig(Choice):
+    """How captions become ids; pick a kind."""
+
+    # ids in a row: the context length of the text tower
+    length: int = 77
+    # start every text with the start token
+    bos: bool = True
+    # end every text with the end token
+    eos: bool = True
+    # a text that is cut keeps its end token
+    sticky_eos: bool = True
+    # what follows the text: the pad id (0 in CLIP's and our own vocabularies), or the end token
+    pad: Literal["zero", "eos"] = "zero"
+    # lower-case the text first
+    lower: bool = True
+    # drop punctuation, turn underscores into spaces and collapse white space first (SigLIP)
+    canonicalize: bool = False
+
+    @classmethod
+    def kinds(cls) -> Mapping[str, type[Any]]:
+        """The table kind -> config."""
+        return {"clip_bpe": ClipBpeConfig, "sentencepiece": SentencePieceConfig}
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Lengths and conventions that exclude each other."""
+        if self.length < 1 + self.bos + self.eos:
+            yield "length", f"= {self.length} has no room for a token beside the start and end tokens"
+        if self.sticky_eos and not self.eos:
+            yield "sticky_eos", "is true although eos is false: no text has an end token; set sticky_eos to false"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipBpeConfig(TokenizerConfig):
+    """CLIP's tokenizer with its 49408 ids."""
+
+    # merges file (plain or .gz); empty: the copy inside an installed open_clip_torch
+    path: str = ""
+    # repair mojibake with ftfy, as CLIP does; the identity on clean text, and needs the package ftfy
+    fix_text: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePieceConfig(TokenizerConfig):
+    """A SentencePiece model, given or trained from the training captions."""
+
+    # start every text with the start token; models trained here have none
+    bos: bool = False
+    # the normalisation of the model lower-cases already
+    lower: bool = False
+    # *.model file; empty: trained when the run starts and kept in its checkpoint
+    path: str = ""
+    # number of ids when trained here; fewer when the captions don't give as many
+    vocab_size: int = 8192
+    # normalisation when trained here: nmt_nfkc_cf folds case and width, identity keeps every character
+    normalization: Literal["nmt_nfkc_cf", "nmt_nfkc", "nfkc", "nfkc_cf", "identity"] = "nmt_nfkc_cf"
+    # tokens with an id of their own, after the three special ones, that no text can produce
+    user_symbols: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Sizes that can't be trained."""
+        yield from super().problems()
+        if not self.path and self.vocab_size < 264:
+            yield "vocab_size", f"= {self.vocab_size} has no room for the 256 bytes and some words; use 300 or more"
+        if not self.path and self.bos:
+            yield "bos", "is true, but a model trained here has no start token; set it to false or give a path"
+
+
+class Encoder(Protocol):
+    """One text to ids without special tokens; `eos_id` and `bos_id` are -1 where the vocabulary has none."""
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    bos_id: int
+
+    def clean(self, text: str) -> str:
+        """The text as the encoder's authors clean it."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        ...
+
+    def model_bytes(self) -> bytes:
+        """What rebuilds the encoder."""
+        ...
+
+
+class Tokenizer:
+    """Texts to int32 [n, length]. Picklable, safe in threads, and rebuilt bit for bit by `from_state`.
+
+    Attributes:
+        config: the conventions.
+        length: ids in a row.
+        vocab_size: number of ids, special ones included.
+        pad_id: what fills a row after its text.
+        eos_id: the end token; bos_id: the start token (-1 where the vocabulary has none).
+    """
+
+    def __init__(self, config: TokenizerConfig, encoder: Encoder):
+        self.config, self.encoder, self.length = config, encoder, config.length
+        self.vocab_size, self.eos_id, self.bos_id = encoder.vocab_size, encoder.eos_id, encoder.bos_id
+        for name, wanted, token in (
+            ("eos", config.eos or config.pad == "eos", self.eos_id),
+            ("bos", config.bos, self.bos_id),
+        ):
+            if wanted and token < 0:
+                raise ConfigError(f"config.data.tokenizer.{name} asks for a token that this vocabulary lacks")
+        self.pad_id = self.eos_id if config.pad == "eos" else encoder.pad_id
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Rows of ids, int32 [len(texts), length]. An empty text is its start and end tokens."""
+        if isinstance(texts, str):
+            raise TypeError("the tokenizer takes a list of texts, not one text: write tokenizer([text])")
+        rows = np.full((len(texts), self.length), self.pad_id, np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            ids = self.encode(text)
+            row[: len(ids)] = ids
+        return rows
+
+    def encode(self, text: str) -> list[int]:
+        """At most `length` ids of one text, start and end tokens included, without padding."""
+        config = self.config
+        ids = [self.bos_id] * config.bos + self.encoder.encode(self.clean(text)) + [self.eos_id] * config.eos
+        if len(ids) > self.length:
+            ids = ids[: self.length]
+            if config.sticky_eos:
+                ids[-1] = self.eos_id
+        return ids
+
+    def clean(self, text: str) -> str:
+        """The text as it is encoded."""
+        text = self.encoder.clean(text)
+        text = text.lower() if self.config.lower else text
+        return canonicalize(text) if self.config.canonicalize else text
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of a row: from its start token, if any, to its first end token."""
+        kept = [int(i) for i in ids]
+        kept = kept[1:] if self.config.bos and kept[:1] == [self.bos_id] else kept
+        if self.eos_id in kept:
+            kept = kept[: kept.index(self.eos_id)]
+        while not self.config.eos and kept and kept[-1] == self.pad_id:
+            kept.pop()
+        return self.encoder.decode(kept)
+
+    def state(self) -> dict[str, Any]:
+        """All that rebuilds this tokenizer, ready for JSON."""
+        model = base64.b64encode(self.encoder.model_bytes()).decode("ascii")
+        return {"config": schema.to_dict(self.config), "model": model}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Tokenizer":
+        """The tokenizer whose `state()` this is; needs no file."""
+        config = schema.from_dict(TokenizerConfig, state["config"], "tokenizer")
+        model = base64.b64decode(state["model"])
+        if isinstance(config, ClipBpeConfig):
+            return cls(config, bpe.ClipBpe(bpe.read_merges(model, "of the checkpoint"), config.fix_text))
+        return cls(config, sentencepieces.SentencePieces(model))
+
+
+_PUNCTUATION = str.maketrans({"_": " ", **dict.fromkeys(string.punctuation.replace("_", ""))})
+
+
+def canonicalize(text: str) -> str:
+    """Without ASCII punctuation, underscores as spaces, white space collapsed (Zhai et al. 2023, SigLIP)."""
+    return " ".join(text.translate(_PUNCTUATION).split())
+
+
+def build_tokenizer(config: TokenizerConfig, captions: Iterable[str] | None) -> Tokenizer:
+    """The tokenizer of a config.
+
+    Args:
+        config: one of the kinds.
+        captions: texts to train from, read only when the config asks for a tokenizer trained here.
+
+    Raises:
+        ConfigError: a file is missing (says what to install or pass), or there are no captions to train from.
+    """
+    if isinstance(config, ClipBpeConfig):
+        return Tokenizer(config, bpe.load_clip_bpe(config.path, config.fix_text))
+    if not isinstance(config, SentencePieceConfig):
+        raise ConfigError(f"config.data.tokenizer must be one of {', '.join(TokenizerConfig.kinds())}")
+    if config.path:
+        return Tokenizer(config, sentencepieces.load_sentencepieces(config.path))
+    if captions is None:
+        raise ConfigError("config.data.tokenizer.path is empty and there are no captions to train from; set the path")
+    model = sentencepieces.train(captions, config.vocab_size, config.normalization, config.user_symbols)
+    return Tokenizer(config, sentencepieces.SentencePieces(model))

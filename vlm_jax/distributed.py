@@ -1,0 +1,43 @@
+"""Starting several processes as one job. On one process it does nothing."""
+
+import os
+
+import jax
+
+from vlm_jax.schema import ConfigError
+
+# Set on the hosts of a TPU pod slice, by Slurm and by Open MPI: JAX finds everything else by itself there.
+_CLUSTER = {
+    "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
+    "MEGASCALE_COORDINATOR_ADDRESS": bool,
+    "SLURM_NTASKS": lambda value: value.isdecimal() and int(value) > 1,
+    "OMPI_COMM_WORLD_SIZE": lambda value: value.isdecimal() and int(value) > 1,
+}
+# A process that dies is noticed by the others within this time (JAX's default is 100 s).
+_HEARTBEAT_SECONDS = 60
+
+
+def start(flag: str) -> None:
+    """Joins this process to its job; call it before anything touches a device.
+
+    Args:
+        flag: "auto" joins when the environment speaks of several hosts; "on" always lets JAX find the job; "off"
+            never joins; "HOST:PORT,COUNT,INDEX" names coordinator, number of processes and this one's index.
+
+    Raises:
+        ConfigError: a flag that is none of these.
+    """
+    if flag == "off" or (flag == "auto" and not any(test(os.environ.get(n, "")) for n, test in _CLUSTER.items())):
+        return
+    if flag in ("auto", "on"):
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+        return
+    fields = flag.split(",")
+    if len(fields) != 3 or ":" not in fields[0] or not (fields[1].isdecimal() and fields[2].isdecimal()):
+        raise ConfigError(
+            f"--distributed={flag} must be auto, on, off, or HOST:PORT,COUNT,INDEX such as 10.0.0.1:8476,4,0"
+        )
+    count, index = int(fields[1]), int(fields[2])
+    if not index < count:
+        raise ConfigError(f"--distributed={flag}: the index {index} must be below the number of processes {count}")
+    jax.distributed.initialize(fields[0], count, index, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)

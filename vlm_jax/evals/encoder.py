@@ -1,0 +1,73 @@
+"""The model as evaluations see it: an objective's features, jitted once each, with its own tokenizer and images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vlm_jax.data.examples import Example, LabelledImages, Views
+from vlm_jax.data.pipeline import EvalBatches, eval_batches
+from vlm_jax.data.sources import Record, Source
+from vlm_jax.data.text import Tokenizer
+from vlm_jax.mesh import batch_sharding
+from vlm_jax.objectives.base import ModelObjective
+
+
+class MeshEncoder:
+    """Implements `vlm_jax.evals.base.Encoder` on a mesh.
+
+    Args:
+        objective: gives the features.
+        tokenizer: the one that the model was trained with.
+        image_size: side of the model's images in pixels.
+        mesh: where parameters and batches lie.
+        batch_size: rows of a global batch, rounded up to a multiple of the devices that share it.
+    """
+
+    def __init__(self, objective: ModelObjective, tokenizer: Tokenizer, image_size: int, mesh: Mesh, batch_size: int):
+        self._tokenizer, self._mesh = tokenizer, mesh
+        self._sharding = batch_sharding(mesh)
+        shards = self._sharding.num_devices // (mesh.shape.get("tensor", 1) * mesh.shape.get("sequence", 1))
+        self.batch_size = -(-batch_size // shards) * shards
+        self._labelled = LabelledImages(image_size, objective.preprocess)
+        self._plain = _Images(image_size, objective)
+        self._image = jax.jit(objective.image_features)
+        self._text = jax.jit(objective.text_features)
+
+    def image_features(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
+        """uint8 [B, H, W, 3] -> [B, E]."""
+        with jax.set_mesh(self._mesh):
+            return self._image(params, images_BxHxWx3)
+
+    def text_features(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:
+        """int32 [B, L] -> [B, E]."""
+        with jax.set_mesh(self._mesh):
+            return self._text(params, tokens_BxL)
+
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts -> int32 [n, L]."""
+        return self._tokenizer(texts)
+
+    def image_batches(self, source: Source) -> EvalBatches:
+        """Every record with a usable image once, in order."""
+        return eval_batches(source, self._plain, self.batch_size, self._mesh)
+
+    def labelled_batches(self, source: Source) -> EvalBatches:
+        """Every record with a usable image and a label once, in order."""
+        return eval_batches(source, self._labelled, self.batch_size, self._mesh)
+
+    def shard(self, array: np.ndarray) -> jax.Array:
+        """The same host array on every process -> a global array over the batch axes."""
+        return jax.make_array_from_callback(array.shape, self._sharding, lambda index: array[index])
+
+
+class _Images:
+    """Rows of the evaluation view alone."""
+
+    def __init__(self, size: int, objective: ModelObjective):
+        self._views = Views(size, objective.preprocess, augment=None)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        return {"image": self._views(record, None)}

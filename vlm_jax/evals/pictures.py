@@ -1,0 +1,112 @@
+"""Pictures for people: retrieval results as one image. Draws what it is given and ranks nothing."""
+
+import dataclasses
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
+
+CANDIDATES = 5
+
+_INK, _QUIET, _RIGHT, _WRONG, _MARGIN = "#1f2328", "#6e7781", "#1a7f37", "#d0d7de", "#f6f8fa"
+_CELL_INCHES, _CAPTION_INCHES, _DPI = 1.25, 2.5, 110
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """An image that was found: uint8 [H, W, 3], its cosine similarity, and whether it is the query's own."""
+
+    image: np.ndarray
+    score: float
+    is_own: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """A caption, the images nearest to it (nearest first, at most `CANDIDATES`), its own image and that one's rank."""
+
+    caption: str
+    candidates: tuple[Candidate, ...]
+    own: Candidate
+    own_rank: int
+
+
+def retrieval_picture(best: Sequence[Query], worst: Sequence[Query], title: str) -> np.ndarray:
+    """Draws queries, a row each: the caption, its nearest images with scores, and its own image apart from them.
+
+    The own image has a thick green frame wherever it stands. Images of any size are shown at one size, small ones
+    with their pixels visible.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    sections = [(name, rows) for name, rows in (("Best", best), ("Worst", worst)) if rows]
+    heights = [0.45, *(0.5 + len(rows) * (_CELL_INCHES + 0.4) for _, rows in sections)]
+    width = _CAPTION_INCHES + (CANDIDATES + 1) * (_CELL_INCHES + 0.15) + 0.4
+    # Not through pyplot: that would choose a display for the whole process and keep every figure alive.
+    figure = Figure(figsize=(width, sum(heights)), dpi=_DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    parts = np.atleast_1d(np.asarray(figure.subfigures(len(heights), 1, height_ratios=heights)))
+    parts[0].text(0.02, 0.4, title, fontsize=13, weight="bold", color=_INK, va="center", parse_math=False)
+    for part, (name, rows) in zip(parts[1:], sections, strict=True):
+        _draw_section(part, name, rows)
+    canvas.draw()
+    return np.array(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def _draw_section(figure: SubFigure, name: str, rows: Sequence[Query]) -> None:
+    ratios = [_CAPTION_INCHES / _CELL_INCHES, *[1] * CANDIDATES, 0.15, 1]
+    header = 0.5 / (0.5 + len(rows) * (_CELL_INCHES + 0.4))
+    grid = figure.add_gridspec(
+        len(rows),
+        len(ratios),
+        width_ratios=ratios,
+        left=0.02,
+        right=0.985,
+        top=1 - header,
+        bottom=0.0,
+        wspace=0.1,
+        hspace=0.0,
+    )
+    for row, query in enumerate(rows):
+        axes = [figure.add_subplot(grid[row, column]) for column in range(len(ratios))]
+        for ax in axes:
+            ax.set_axis_off()
+        if row == 0:
+            _column_titles(axes, name)
+        axes[0].set_box_aspect(_CELL_INCHES / _CAPTION_INCHES)
+        caption = "\n".join(textwrap.wrap(query.caption, 30, max_lines=5, placeholder=" …"))
+        axes[0].text(0, 0.5, caption, fontsize=9.5, color=_INK, va="center", parse_math=False)
+        for ax, candidate in zip(axes[1:], query.candidates, strict=False):
+            _draw_candidate(ax, candidate, f"{candidate.score:.3f}")
+        _draw_candidate(axes[-1], query.own, f"{query.own.score:.3f}   rank {query.own_rank:,}")
+
+
+def _column_titles(axes: Sequence, name: str) -> None:
+    for ax, text, color in (
+        (axes[0], name, _INK),
+        (axes[1], "Found, nearest first", _QUIET),
+        (axes[-1], "Its own image", _QUIET),
+    ):
+        ax.set_title(text, fontsize=11 if ax is axes[0] else 9.5, color=color, loc="left", weight="bold")
+
+
+def _draw_candidate(ax, candidate: Candidate, label: str) -> None:
+    ax.set_axis_on()
+    # Few pixels are shown as they are: smoothing would turn an 8 x 8 digit into a blur.
+    smoothing = "nearest" if max(candidate.image.shape[:2]) <= 64 else "antialiased"
+    ax.imshow(candidate.image, interpolation=smoothing)
+    # A square cell whatever the image's shape, so that rows and labels stay in line.
+    height, width = candidate.image.shape[:2]
+    margin_x, margin_y = (max(height, width) - width) / 2, (max(height, width) - height) / 2
+    ax.set_xlim(-0.5 - margin_x, width - 0.5 + margin_x)
+    ax.set_ylim(height - 0.5 + margin_y, -0.5 - margin_y)
+    ax.set_facecolor(_MARGIN)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    color, thickness = (_RIGHT, 3.0) if candidate.is_own else (_WRONG, 1.0)
+    for spine in ax.spines.values():
+        spine.set(color=color, linewidth=thickness)
+    ax.set_xlabel(label, fontsize=8.5, color=color if candidate.is_own else _QUIET, labelpad=4)

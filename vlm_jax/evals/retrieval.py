@@ -1,0 +1,194 @@
+"""Image-text retrieval both ways, with any number of captions an image.
+
+For models that embed images and texts into one space. The picture of best and worst cases is drawn by `pictures`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.data.images import decode
+from vlm_jax.data.sources import Source
+from vlm_jax.evals import pictures
+from vlm_jax.evals.base import Encoder, EvalConfig, EvalResult
+from vlm_jax.evals.features import encode_images, encode_texts, padded_batches, to_host
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalConfig(EvalConfig):
+    """Retrieval within a captioned source.
+
+    Metrics, under `retrieval/<name>/`, for `image_to_text` and `text_to_image`: `..._r1`, `_r5`, `_r10` (share of
+    queries with a right answer among the first k), `_median_rank` and `_mean_rank` (1 = first); and `images`, `texts`,
+    how many there were. Under the same prefix the picture `best_and_worst`.
+    """
+
+    # Only the first this many captions of an image (5 is usual for COCO and Flickr30k); 0 = all.
+    captions_per_image: int = 5
+    # Queries in the picture's best half, and as many in its worst half; 0 = no picture.
+    pictured: int = 4
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What is impossible in these keys."""
+        yield from super().problems()
+        for key, value in (("captions_per_image", self.captions_per_image), ("pictured", self.pictured)):
+            if value < 0:
+                yield key, f"= {value} can't be negative"
+
+    def build(self, encoder: Encoder, cache_dir: str) -> "RetrievalEvaluator":
+        """Opens the source.
+
+        Raises:
+            ValueError: it holds no records.
+        """
+        return RetrievalEvaluator(self, encoder, self.open_source(cache_dir))
+
+
+class RetrievalEvaluator:
+    """Retrieval within one source."""
+
+    def __init__(self, config: RetrievalConfig, encoder: Encoder, source: Source):
+        self._config = config
+        self._encoder = encoder
+        self._source = source
+
+    def run(self, params: Any, step: int) -> EvalResult:
+        """Ranks every caption for every usable image and the other way round.
+
+        Raises:
+            ValueError: no usable record, or an image without a caption.
+        """
+        images_NxE, index_N = encode_images(self._encoder, params, self._source, self._config.name)
+        captions, owner_M = self._captions(index_N)
+        texts_MxE = np.concatenate(list(encode_texts(self._encoder, params, self._encoder.tokenize(captions))))
+        embedded = _Embedded(images_NxE, index_N, texts_MxE, captions, owner_M)
+        ids_N = np.arange(len(images_NxE), dtype=np.int32)
+        rank = functools.partial(positive_ranks, batch_size=self._encoder.batch_size, shard=self._encoder.shard)
+        text_ranks_M = rank(texts_MxE, owner_M, images_NxE, ids_N)
+        prefix = f"retrieval/{self._config.name}/"
+        ranks = {"image_to_text": rank(images_NxE, ids_N, texts_MxE, owner_M), "text_to_image": text_ranks_M}
+        metrics = {f"{prefix}{way}_{key}": value for way, r in ranks.items() for key, value in recall(r).items()}
+        metrics |= {f"{prefix}images": float(len(images_NxE)), f"{prefix}texts": float(len(texts_MxE))}
+        if not self._config.pictured or jax.process_index() != 0:
+            return EvalResult(metrics)
+        return EvalResult(metrics, {f"{prefix}best_and_worst": self._picture(embedded, text_ranks_M, step)})
+
+    def _captions(self, index_N: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """All captions, and for each the row of its image."""
+        captions: list[str] = []
+        owner: list[int] = []
+        for row, index in enumerate(index_N):
+            texts = self._source.texts(int(index))[: self._config.captions_per_image or None]
+            if not texts:
+                raise ValueError(
+                    f"Record {index} of retrieval evaluation {self._config.name!r} has no caption; "
+                    "retrieval needs a source with captions."
+                )
+            captions.extend(texts)
+            owner.extend([row] * len(texts))
+        return captions, np.asarray(owner, np.int32)
+
+    def _picture(self, embedded: "_Embedded", text_ranks_M: np.ndarray, step: int) -> np.ndarray:
+        best, worst = best_and_worst(text_ranks_M, embedded.owner_M, self._config.pictured)
+        title = f"{self._config.name}: text to image at step {step:,}, {len(embedded.index_N):,} images"
+        best_rows, worst_rows = (
+            [self._query(embedded, text, int(text_ranks_M[text])) for text in texts] for texts in (best, worst)
+        )
+        return pictures.retrieval_picture(best_rows, worst_rows, title)
+
+    def _query(self, embedded: "_Embedded", text: int, rank: int) -> pictures.Query:
+        """One row of the picture: the images nearest to a caption, and its own image."""
+        scores_N = embedded.images_NxE @ embedded.texts_MxE[text]
+        own = int(embedded.owner_M[text])
+
+        def candidate(row: int) -> pictures.Candidate:
+            image = decode(self._source[int(embedded.index_N[row])]["image"])
+            return pictures.Candidate(image, float(scores_N[row]), is_own=row == own)
+
+        nearest = np.argsort(-scores_N, kind="stable")[: pictures.CANDIDATES]
+        found = tuple(candidate(int(row)) for row in nearest)
+        return pictures.Query(embedded.captions[text], found, candidate(own), own_rank=rank + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Embedded:
+    """N images and M captions of a source; `index_N` are the images' records, `owner_M` the captions' image rows."""
+
+    images_NxE: np.ndarray  # noqa: N815
+    index_N: np.ndarray  # noqa: N815
+    texts_MxE: np.ndarray  # noqa: N815
+    captions: list[str]
+    owner_M: np.ndarray  # noqa: N815
+
+
+def positive_ranks(
+    queries_QxE: np.ndarray,
+    query_ids_Q: np.ndarray,
+    gallery_GxE: np.ndarray,
+    gallery_ids_G: np.ndarray,
+    *,
+    batch_size: int,
+    shard: Callable[[np.ndarray], jax.Array],
+) -> np.ndarray:
+    """Rank of each query's best own gallery item: int32 [Q], 0 = first.
+
+    An item is a query's own when their ids are equal; with several own items the best one counts, and the others do
+    not stand before it. Items of equal score stand before the own one, and so does every item whose score is NaN: a
+    collapsed or broken model then ranks last, not first. At most `batch_size` x G scores exist at a time, spread over
+    the mesh.
+
+    Args:
+        queries_QxE: float32, L2-normalised.
+        query_ids_Q: int32 >= 0, the image that a query belongs to.
+        gallery_GxE: float32, L2-normalised; whole on every device.
+        gallery_ids_G: int32 >= 0.
+        batch_size: queries at a time.
+        shard: spreads `batch_size` rows over the mesh.
+    """
+    ranks = []
+    query_batches = padded_batches(queries_QxE, batch_size)
+    id_batches = padded_batches(query_ids_Q.astype(np.int32), batch_size)
+    for (count, queries_BxE), (_, ids_B) in zip(query_batches, id_batches, strict=True):
+        ranks_B = _batch_ranks(shard(queries_BxE), shard(ids_B), gallery_GxE, gallery_ids_G)
+        ranks.append(to_host(ranks_B)[:count])
+    return np.concatenate(ranks)
+
+
+@jax.jit
+def _batch_ranks(
+    queries_BxE: jax.Array, query_ids_B: jax.Array, gallery_GxE: jax.Array, gallery_ids_G: jax.Array
+) -> jax.Array:
+    # In float32 throughout: a TPU would multiply in bfloat16 and make ties where there are none.
+    scores_BxG = jnp.matmul(queries_BxE, gallery_GxE.T, precision=jax.lax.Precision.HIGHEST)
+    own_BxG = query_ids_B[:, None] == gallery_ids_G
+    best_Bx1 = jnp.max(scores_BxG, axis=-1, where=own_BxG, initial=-jnp.inf, keepdims=True)
+    # "Not behind" instead of "before": comparisons with NaN are false, and must put the item before the own one.
+    not_behind_BxG = ~own_BxG & ~(scores_BxG < best_Bx1)
+    return jnp.sum(not_behind_BxG, axis=-1, dtype=jnp.int32)
+
+
+def recall(ranks: np.ndarray) -> dict[str, float]:
+    """Recall at 1, 5 and 10 (0..1), median and mean rank (1 = first) of ranks that count from 0."""
+    return {
+        **{f"r{k}": float(np.mean(ranks < k)) for k in (1, 5, 10)},
+        "median_rank": float(np.median(ranks + 1)),
+        "mean_rank": float(np.mean(ranks + 1)),
+    }
+
+
+def best_and_worst(text_ranks_M: np.ndarray, image_of_text_M: np.ndarray, count: int) -> tuple[list[int], list[int]]:
+    """Up to `count` texts of lowest and of highest rank, each of another image, in a fixed order."""
+
+    def first_of_each_image(order: np.ndarray) -> list[int]:
+        _, first = np.unique(image_of_text_M[order], return_index=True)
+        return [int(text) for text in order[np.sort(first)][:count]]
+
+    best = first_of_each_image(np.argsort(text_ranks_M, kind="stable"))
+    worst = first_of_each_image(np.argsort(-text_ranks_M, kind="stable"))
+    shown = set(image_of_text_M[best])
+    return best, [text for text in worst if image_of_text_M[text] not in shown]

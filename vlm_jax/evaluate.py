@@ -1,0 +1,67 @@
+"""Evaluation of parameters: inside training, and alone on a checkpoint (`--mode=eval`)."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from vlm_jax.assemble import build_evaluators, index_directory
+from vlm_jax.checkpoint import read_params
+from vlm_jax.checkpoint_format import find_step, read_meta
+from vlm_jax.config import Config, from_json
+from vlm_jax.data.text import Tokenizer
+from vlm_jax.evals.base import Evaluator
+from vlm_jax.mesh import make_mesh, shardings, unbox
+from vlm_jax.metrics import MetricWriter, write_json
+from vlm_jax.schema import ConfigError, override
+
+
+def evaluate(evaluators: Sequence[Evaluator], params: Any, step: int, writer: MetricWriter) -> dict[str, float]:
+    """Runs evaluators one after the other; their numbers and pictures go to the writer. Returns the numbers."""
+    metrics: dict[str, float] = {}
+    for evaluator in evaluators:
+        result = evaluator.run(params, step)
+        metrics |= result.metrics
+        for name, image in result.images.items():
+            writer.image(step, name, image)
+    writer.scalars(step, metrics)
+    return metrics
+
+
+def evaluate_checkpoint(
+    checkpoint: str, workdir: str, overrides: dict[str, Any], config: Config | None = None
+) -> dict[str, float]:
+    """Evaluates a checkpoint by its own config, tokenizer and preprocessing.
+
+    Args:
+        checkpoint: a workdir, one of its step directories, or an imported checkpoint.
+        workdir: where `eval.json`, metrics and pictures go.
+        overrides: dotted keys to change in the saved config: `mesh`, `evals`, `data.batch_size`, ...
+        config: replaces the evaluations (and nothing else) of the saved config by its own.
+
+    Raises:
+        ConfigError: the config names no evaluation, or asks for what the checkpoint's model can't do.
+        CheckpointError: no usable checkpoint there.
+    """
+    step_directory = find_step(checkpoint)
+    meta = read_meta(step_directory)
+    saved = from_json(meta["config"])
+    if config is not None:
+        saved = override(saved, {"evals": config.evals})
+    saved = override(saved, overrides)
+    if not saved.evals:
+        raise ConfigError("config.evals is empty: there is nothing to evaluate; name evaluations in the config file")
+    mesh = make_mesh(saved.mesh)
+    objective = saved.objective.build(saved.data.preprocess, saved.compute_dtype())
+    tokenizer = Tokenizer.from_state(meta["tokenizer"])
+    boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
+    with jax.set_mesh(mesh):
+        params, _ = read_params(step_directory, shardings=shardings(boxed, mesh))
+        writer = MetricWriter(workdir, is_primary=jax.process_index() == 0)
+        evaluators = build_evaluators(saved, objective, tokenizer, mesh, index_directory(workdir))
+        metrics = evaluate([evaluator for _, evaluator in evaluators], unbox(params), int(meta.get("step", 0)), writer)
+        writer.close()
+    if jax.process_index() == 0:
+        write_json(os.path.join(workdir, "eval.json"), {"step": int(meta.get("step", 0)), **metrics})
+    return metrics

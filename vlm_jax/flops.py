@@ -1,0 +1,159 @@
+"""Model FLOPs and the peak of a chip, and from the two the model FLOPs utilisation (MFU).
+
+Model FLOPs are those of the matrix products that the model needs: a multiply-add counts as 2, recomputation under
+rematerialisation counts as 0, element-wise work counts as 0. It is no estimate of time or memory (`vlm_jax.plan` is).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+from jax.extend import core as jax_core
+
+# Dense bf16 FLOP/s by `device_kind`, the vendors' figures (without structured sparsity), for what JAX calls one device:
+# a whole chip for TPU v4, v5e, v5p, v6e, but one of a chip's two cores for v2, v3 and 7x.
+_PEAK_BF16_FLOPS: dict[str, float] = {
+    "TPU v2": 45e12 / 2,
+    "TPU v3": 123e12 / 2,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+
+# A backward pass computes, for each product of the forward pass, the gradients of both of its factors.
+TRAIN_OVER_FORWARD = 3
+
+
+class Device(Protocol):
+    """The one thing of a `jax.Device` that its peak depends on."""
+
+    @property
+    def device_kind(self) -> str:
+        """The vendor's name of the chip, as JAX reports it."""
+        ...
+
+
+def peak_flops(device: Device) -> float | None:
+    """Dense bf16 FLOP/s of one JAX device, or None for a kind that is not in the table (every CPU among them)."""
+    return _PEAK_BF16_FLOPS.get(device.device_kind)
+
+
+def mfu(flops_per_step: float, seconds: float, device_count: int, peak: float | None) -> float | None:
+    """Model FLOPs utilisation, 0..1, of a step (PaLM, arXiv:2204.02311, appendix B).
+
+    Args:
+        flops_per_step: model FLOPs of one step on the global batch, over all devices.
+        seconds: wall time of a step, measured with the device's results waited for.
+        device_count: how many devices share the step.
+        peak: FLOP/s of one device, or None when unknown, which makes the result None.
+
+    Raises:
+        ValueError: no time has passed, or there is no device.
+    """
+    if seconds <= 0 or device_count <= 0:
+        raise ValueError(f"MFU needs a positive time and device count, not {seconds} s on {device_count} devices.")
+    return None if peak is None else flops_per_step / (seconds * device_count * peak)
+
+
+def transformer_flops(width: int, depth: int, mlp_dim: int, tokens: int) -> int:
+    """Forward FLOPs of a stack of blocks for one sequence: q, k, v, out projections, MLP, scores and weighted sum.
+
+    Attention counts in full for causal towers too, as published tables do.
+    """
+    projections = 2 * tokens * (4 * width * width + 2 * width * mlp_dim)
+    attention = 2 * (2 * tokens * tokens * width)
+    return depth * (projections + attention)
+
+
+def vit_flops(
+    *, width: int, depth: int, mlp_dim: int, image_size: int, patch_size: int, embed_dim: int, extra_tokens: int = 1
+) -> int:
+    """Forward FLOPs of a ViT tower for one RGB image, patch embedding and the projection of one token included.
+
+    Args:
+        width: of the residual stream.
+        depth: number of blocks.
+        mlp_dim: hidden width of the MLP.
+        image_size: side in pixels.
+        patch_size: side in pixels.
+        embed_dim: width of the joint space; 0 where there is no projection.
+        extra_tokens: class token and registers.
+    """
+    patches = (image_size // patch_size) ** 2
+    embedding = 2 * patches * 3 * patch_size**2 * width
+    return embedding + transformer_flops(width, depth, mlp_dim, patches + extra_tokens) + 2 * width * embed_dim
+
+
+def text_flops(*, width: int, depth: int, mlp_dim: int, tokens: int, embed_dim: int) -> int:
+    """Forward FLOPs of a text tower for one caption of `tokens` positions; the lookup of embeddings is free."""
+    return transformer_flops(width, depth, mlp_dim, tokens) + 2 * width * embed_dim
+
+
+def count_dot_flops(function: Callable[..., Any], *arguments: Any) -> int:
+    """Counts the FLOPs of all matrix products and convolutions of `function` from its jaxpr, without running it.
+
+    The independent check of the closed forms above, and the count for a function that has none. Scans count once an
+    iteration, the dearest branch of a `cond` counts, and what a `shard_map` does counts on each of its devices. A
+    fused attention kernel hides its products: trace the function with XLA's attention.
+
+    Args:
+        function: traced with `jax.make_jaxpr`.
+        *arguments: arrays or `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: a `while` loop holds matrix products: how often they run is not known before they run.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _jaxpr_flops(jaxpr: jax_core.Jaxpr) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: jax_core.JaxprEqn) -> int:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracting, _), _ = parameters["dimension_numbers"]
+        left = _shape(equation.invars[0])
+        return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracting)
+    if name == "conv_general_dilated":
+        kernel = _shape(equation.invars[1])
+        out_features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // out_features
+    inner = [_jaxpr_flops(jaxpr) for jaxpr in _inner_jaxprs(parameters)]
+    if name == "while" and any(inner):
+        raise ValueError("A `while` loop with matrix products has no known FLOP count; write it as a `scan`.")
+    if name == "cond":
+        return max(inner)
+    repeats = {"scan": lambda: parameters["length"], "shard_map": lambda: parameters["mesh"].size}
+    return sum(inner) * (repeats[name]() if name in repeats else 1)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
+def _inner_jaxprs(parameters: dict[str, Any]) -> Iterator[jax_core.Jaxpr]:
+    for value in parameters.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, jax_core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, jax_core.Jaxpr):
+                yield item

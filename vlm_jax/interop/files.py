@@ -1,0 +1,151 @@
+"""Files that weights come in: safetensors (whole or sharded) and PyTorch's pickles. Names are not interpreted here.
+
+PyTorch is needed for pickles alone, and they are read without running any code of theirs.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+# In a directory, the first of these that is there is read.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+class WeightsError(ValueError):
+    """A file of weights that can't be read: the sentence names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What was found.
+
+    Attributes:
+        tensors: name -> array, in the stored dtype.
+        torchscript: whether they came as OpenAI's TorchScript archives, which no other weights do.
+        settings: file name -> content of the JSON files beside them.
+    """
+
+    tensors: dict[str, np.ndarray]
+    torchscript: bool
+    settings: dict[str, Any]
+
+
+def read_weights(path: Path) -> Weights:
+    """Reads a file of weights, or the one in a directory, and the JSON files beside it.
+
+    Raises:
+        WeightsError: nothing is there, it is damaged, or reading it needs PyTorch.
+    """
+    file = path
+    if path.is_dir():
+        names = [name for name in WEIGHT_FILES if (path / name).exists()]
+        if not names:
+            raise WeightsError(f"{path} holds none of {', '.join(WEIGHT_FILES)}; pass the file of weights itself")
+        file = path / names[0]
+    if not file.exists():
+        raise WeightsError(f"{file} does not exist")
+    tensors, torchscript = _read_file(file)
+    return Weights(tensors, torchscript, {p.name: _read_json(p) for p in sorted(file.parent.glob("*config.json"))})
+
+
+def _read_file(file: Path) -> tuple[dict[str, np.ndarray], bool]:
+    if file.name.endswith(".index.json"):
+        shards = sorted(set(_read_json(file)["weight_map"].values()))
+        parts = [_read_file(file.parent / shard)[0] for shard in shards]
+        return {name: value for part in parts for name, value in part.items()}, False
+    if not file.exists():
+        raise WeightsError(f"{file} does not exist, though the index beside it names it; copy every shard")
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file), False
+    if file.suffix in PICKLES:
+        return _read_pickle(file)
+    raise WeightsError(f"{file} is neither .safetensors nor one of {', '.join(PICKLES)}")
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON ({error}); fetch it again") from error
+
+
+def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    """Maps the file into memory. safetensors' own numpy reader does not know bfloat16."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header_bytes = stream.read(length) if 8 + length <= size else b""
+    try:
+        header = json.loads(header_bytes)
+        header.pop("__metadata__", None)
+        entries = {name: (_DTYPES[e["dtype"]], e["shape"], e["data_offsets"]) for name, e in header.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{file} has no readable safetensors header ({error!r}); fetch it again") from error
+    end = max((offsets[1] for _, _, offsets in entries.values()), default=0)
+    if 8 + length + end != size:
+        raise WeightsError(
+            f"{file} has {size} bytes where its header wants {8 + length + end}; it was cut, fetch it again"
+        )
+    data = np.memmap(file, np.uint8, "r", offset=8 + length) if end else np.zeros(0, np.uint8)
+    return {
+        name: np.asarray(data[start:stop]).view(dtype).reshape(shape)
+        for name, (dtype, shape, (start, stop)) in entries.items()
+    }
+
+
+def _read_pickle(file: Path) -> tuple[dict[str, np.ndarray], bool]:
+    try:
+        import torch
+    except ImportError as error:
+        raise WeightsError(
+            f"{file} is a PyTorch pickle: install torch to read it, or convert it to safetensors where torch is"
+        ) from error
+    torchscript = False
+    try:
+        loaded = torch.jit.load(file, map_location="cpu").state_dict()
+        torchscript = True
+    except RuntimeError:  # not an archive of TorchScript
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    for wrapper in ("state_dict", "model"):
+        loaded = loaded[wrapper] if isinstance(loaded.get(wrapper), Mapping) else loaded
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    return {name: _to_numpy(value.detach().contiguous(), torch) for name, value in tensors.items()}, torchscript
+
+
+def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:  # numpy can't take it over, its bits it can
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()
+
+
+def write_weights(file: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> None:
+    """Writes a safetensors file as PyTorch's libraries expect it, floats in `dtype` ("float32" or "float16")."""
+    # asarray, not ascontiguousarray, which would make a vector of a scalar
+    cast = {name: np.asarray(value, np.dtype(dtype), order="C") for name, value in tensors.items()}
+    save_file(cast, file, {"format": "pt"})
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes an indented JSON file."""
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+__all__ = ["Weights", "WeightsError", "read_weights", "write_json", "write_weights"]

@@ -1,0 +1,112 @@
+"""`vlm_jax.load`: a trained or imported model, ready to be used in plain Flax, with its own tokenizer and images."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from vlm_jax.checkpoint import read_params
+from vlm_jax.checkpoint_format import find_step, read_meta
+from vlm_jax.config import Config, from_json
+from vlm_jax.data import images
+from vlm_jax.data.text import Tokenizer
+from vlm_jax.mesh import shardings
+from vlm_jax.objectives.base import ModelObjective
+
+
+class Model:
+    """A model with what it needs to be used rightly. Made by `vlm_jax.load`.
+
+    Attributes:
+        params: nested dict of fp32 arrays; the moving average where the run kept one.
+        config: the config that it was trained or imported with.
+        module: the Flax module: `m.module.apply({"params": m.params}, images, texts)`.
+        tokenizer: the tokenizer of the checkpoint, None for a model without text.
+        step: optimiser steps that the parameters have seen.
+    """
+
+    def __init__(self, objective: ModelObjective, params: Any, config: Config, tokenizer: Tokenizer | None, step: int):
+        self.params, self.config, self.tokenizer, self.step = params, config, tokenizer, step
+        self.module: nn.Module = objective.module
+        self._objective = objective
+        self._outputs = jax.jit(lambda params, batch: objective.outputs(params, batch, intermediates=True))
+        self._image, self._text = jax.jit(objective.image_features), jax.jit(objective.text_features)
+
+    def apply(self, params: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Named outputs of the model on a batch.
+
+        Args:
+            params: `m.params`, or others of the same tree.
+            batch: for two towers `image`, uint8 or normalised float [B, H, W, 3], and `text`, int32 [B, L].
+
+        Returns:
+            `image_features` and `text_features` [B, E] of unit length, `logit_scale` (), and intermediates by name
+            such as `image/blocks` [layers, B, tokens, width].
+        """
+        return self._outputs(params, dict(batch))
+
+    def preprocess(self, image: Any) -> np.ndarray:
+        """One image as the model wants it: float32 [H, W, 3], resized, cropped and normalised as in evaluation.
+
+        Args:
+            image: a path, the bytes of a file, uint8 [H, W], [H, W, 3], or a Pillow image.
+
+        Raises:
+            ValueError: it can't be decoded.
+        """
+        if isinstance(image, str | os.PathLike):
+            with open(image, "rb") as file:
+                image = file.read()
+        elif not isinstance(image, bytes | np.ndarray):
+            image = np.asarray(image.convert("RGB"))
+        settings = self._objective.preprocess
+        view = images.preprocess(images.decode(image), settings, self.config.objective.image_size)
+        return images.normalise(view, settings)
+
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts -> int32 [n, L], by the tokenizer of the checkpoint; raises ValueError for a model without one."""
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint holds no tokenizer; import it again with --tokenizer=FILE")
+        return self.tokenizer(texts)
+
+    def encode_image(self, images: Sequence[Any] | np.ndarray | jax.Array) -> jax.Array:
+        """Images -> features [B, E] of unit length, fp32.
+
+        Args:
+            images: an array [B, H, W, 3] of the model's size (float: preprocessed, uint8: cropped), or a list of
+                anything that `preprocess` takes.
+        """
+        if not (isinstance(images, np.ndarray | jax.Array) and images.ndim == 4):
+            images = np.stack([self.preprocess(image) for image in images])
+        return self._image(self.params, images)
+
+    def encode_text(self, texts: Sequence[str] | np.ndarray | jax.Array) -> jax.Array:
+        """Texts, or token ids [B, L], -> features [B, E] of unit length, fp32."""
+        tokens = texts if isinstance(texts, np.ndarray | jax.Array) else self.tokenize(texts)
+        return self._text(self.params, tokens)
+
+
+def load(path: str | os.PathLike[str], mesh: Mesh | None = None) -> Model:
+    """A model for evaluation or use.
+
+    Args:
+        path: a workdir (its newest checkpoint), a step directory, or an imported checkpoint.
+        mesh: where the parameters shall lie, sharded as in training; None: whole on one device.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint.
+    """
+    directory = find_step(path)
+    meta = read_meta(directory)
+    config = from_json(meta["config"])
+    objective = config.objective.build(config.data.preprocess, config.compute_dtype())
+    placement = None
+    if mesh is not None:
+        placement = shardings(jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), mesh)
+    params, _ = read_params(directory, shardings=placement)
+    tokenizer = None if meta["tokenizer"] is None else Tokenizer.from_state(meta["tokenizer"])
+    return Model(objective, params, config, tokenizer, int(meta.get("step", 0)))

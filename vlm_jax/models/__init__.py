@@ -1,0 +1,1 @@
+"""Networks as pure functions: towers and the parts they share. No losses, no meshes, no training here."""

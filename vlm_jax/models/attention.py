@@ -1,0 +1,163 @@
+"""The one attention of every tower, and the choice of its kernel. Masks are built by the towers, not here."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
+
+from vlm_jax.mesh import constrain
+from vlm_jax.models.initializers import Initializers
+from vlm_jax.models.linear import Linear
+from vlm_jax.models.splash import splash_attention
+
+AttentionImpl = Literal["auto", "xla", "cudnn", "flash"]
+
+# Below this length the [T, S] matrix is small and XLA's fused softmax is as good as a tiled kernel.
+FLASH_MIN_LENGTH = 1024
+# Finite, unlike -inf: a row with nothing to attend to gives the mean of the values rather than NaN.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def attend(
+    q_BxTxHxD: jax.Array,
+    k_BxSxHxD: jax.Array,
+    v_BxSxHxD: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    causal: bool = False,
+    impl: AttentionImpl = "auto",
+) -> jax.Array:
+    """softmax(q k^T / sqrt D + bias) v per head (Vaswani et al. 2017, eq. 1), softmax in fp32.
+
+    Args:
+        q_BxTxHxD: queries.
+        k_BxSxHxD: keys.
+        v_BxSxHxD: values.
+        bias: added to the logits; broadcasts to [B, H, T, S].
+        mask: bool, True where attention is allowed; 4 axes that broadcast to [B, H, T, S].
+        causal: whether query t sees keys 0..t only.
+        impl: the kernel. "auto" takes cuDNN on GPU and Pallas on TPU where they apply and pay, XLA elsewhere.
+
+    Returns:
+        The context, [B, T, H, D] in the dtype of the queries.
+
+    Raises:
+        ValueError: `impl` names a kernel that can't compute this.
+    """
+    platform = _platform()
+    if impl == "auto":
+        impl = _choose(platform, q_BxTxHxD, bias, mask)
+    if impl == "cudnn":
+        bias = None if bias is None else bias.astype(q_BxTxHxD.dtype)  # cuDNN wants one dtype
+        return jax.nn.dot_product_attention(
+            q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, bias, mask, is_causal=causal, implementation="cudnn"
+        )
+    if impl == "flash":
+        if bias is not None or not _masks_keys_only(mask):
+            raise ValueError(
+                "attention_impl 'flash' takes masks over keys (shape [B, 1, 1, S]) and no bias; "
+                "use attention_impl 'xla' or 'auto' for this model"
+            )
+        batch, keys = k_BxSxHxD.shape[:2]
+        key_mask = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, keys))
+        return splash_attention(
+            q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, key_mask_BxS=key_mask, causal=causal, interpret=platform != "tpu"
+        )
+    return _attend_xla(q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, bias, mask, causal)
+
+
+def _attend_xla(
+    q_BxTxHxD: jax.Array,
+    k_BxSxHxD: jax.Array,
+    v_BxSxHxD: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    causal: bool,
+) -> jax.Array:
+    scale = q_BxTxHxD.shape[-1] ** -0.5
+    logits_BxHxTxS = jnp.einsum("BTHD,BSHD->BHTS", q_BxTxHxD, k_BxSxHxD, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        logits_BxHxTxS = logits_BxHxTxS + bias.astype(jnp.float32)
+    if mask is not None:
+        logits_BxHxTxS = jnp.where(mask, logits_BxHxTxS, MASKED)
+    if causal:
+        triangle_TxS = jnp.tril(jnp.ones(logits_BxHxTxS.shape[-2:], bool))
+        logits_BxHxTxS = jnp.where(triangle_TxS, logits_BxHxTxS, MASKED)
+    weights_BxHxTxS = jax.nn.softmax(logits_BxHxTxS, axis=-1).astype(v_BxSxHxD.dtype)
+    return jnp.einsum("BHTS,BSHD->BTHD", weights_BxHxTxS, v_BxSxHxD)
+
+
+def _platform() -> str:
+    """Of the mesh the computation is for when there is one: a TPU program may be compiled on a CPU-only machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def _choose(platform: str, q: jax.Array, bias: jax.Array | None, mask: jax.Array | None) -> AttentionImpl:
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if platform in ("gpu", "cuda") and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        return "cudnn"
+    if platform == "tpu" and q.shape[1] >= FLASH_MIN_LENGTH and bias is None and _masks_keys_only(mask):
+        return "flash"
+    return "xla"
+
+
+def _masks_keys_only(mask: jax.Array | None) -> bool:
+    return mask is None or mask.shape[1:3] == (1, 1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; over x itself, or from x to a context.
+
+    Attributes:
+        heads: number of heads; divides the width.
+        initializers: those of the tower.
+        qkv_bias: whether query, key and value have biases (the output always has one).
+        impl: see `attend`.
+        dtype: compute dtype.
+    """
+
+    heads: int
+    initializers: Initializers
+    qkv_bias: bool = True
+    impl: AttentionImpl = "auto"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        context_BxSxD: jax.Array | None = None,
+        *,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        causal: bool = False,
+    ) -> jax.Array:
+        """[B, T, D] (and [B, S, D]) -> [B, T, D]; `bias`, `mask` and `causal` as in `attend`."""
+        width = x_BxTxD.shape[-1]
+        sources = {"query": x_BxTxD, "key": x_BxTxD, "value": x_BxTxD}
+        if context_BxSxD is not None:
+            sources |= {"key": context_BxSxD, "value": context_BxSxD}
+        q, k, v = (self._split_heads(name, source) for name, source in sources.items())
+        context = attend(q, k, v, bias=bias, mask=mask, causal=causal, impl=self.impl)
+        context = checkpoint_name(constrain(context, "batch", "length", "heads", "kv"), "context")
+        out = Linear(
+            (width,), ("heads", "kv", "embed"), self.initializers.out_kernel, contracted=2, dtype=self.dtype, name="out"
+        )
+        return out(context)
+
+    def _split_heads(self, name: str, x: jax.Array) -> jax.Array:
+        head_dim = x.shape[-1] // self.heads
+        linear = Linear(
+            (self.heads, head_dim),
+            ("embed", "heads", "kv"),
+            self.initializers.qkv_kernel,
+            use_bias=self.qkv_bias,
+            dtype=self.dtype,
+            name=name,
+        )
+        return checkpoint_name(constrain(linear(x), "batch", "length", "heads", "kv"), name)

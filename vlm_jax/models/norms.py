@@ -1,0 +1,32 @@
+"""Normalisation layers. Statistics and affine part are fp32 whatever the compute dtype; the result is cast back."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn.initializers import ones, zeros
+
+from vlm_jax.models.weights import weight
+
+
+class LayerNorm(nn.Module):
+    """Ba et al. 2016, over the last axis.
+
+    The two-pass variance is deliberate: the one-pass form E[x^2] - E[x]^2 cancels when the mean is large against the
+    spread, as it is in the residual stream of deep towers.
+
+    Attributes:
+        eps: added to the variance (CLIP 1e-5; SigLIP, MAE, DINOv2 1e-6).
+    """
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D], in x's dtype."""
+        width = x.shape[-1]
+        scale = weight(self, "scale", ones, (None,), (width,))
+        bias = weight(self, "bias", zeros, (None,), (width,))
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)

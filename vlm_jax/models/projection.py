@@ -1,0 +1,68 @@
+"""Heads from a tower's pooled vector to the joint space. Normalising to unit length is `two_tower`'s part."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+
+from vlm_jax.models.initializers import Initializer
+from vlm_jax.models.linear import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectionConfig:
+    """Which head stands on a tower."""
+
+    kind: Literal["linear", "mlp"] = "linear"  # one matrix (CLIP), or two with an exact GELU between (SimCLR's form)
+    features: int = 512  # dimension of the joint space
+    bias: bool = False  # bias on the last matrix
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that can't be built."""
+        if self.features < 1:
+            yield "features", f"= {self.features} must be at least 1"
+
+
+def project(config: ProjectionConfig, init: Initializer, x: jax.Array, dtype: Dtype) -> jax.Array:
+    """[B, D] -> [B, E], as the submodule `projection` of the compact module that calls this."""
+    if config.kind == "linear":
+        head = Linear(
+            (config.features,), ("embed", "joint"), init, use_bias=config.bias, dtype=dtype, name="projection"
+        )
+        return head(x)
+    return MLPHead(config, init, dtype, name="projection")(x)
+
+
+class MLPHead(nn.Module):
+    """Linear, exact GELU, linear; the hidden width is that of the input.
+
+    Attributes:
+        config: sizes of the head.
+        initializer: that of its kernels.
+        dtype: compute dtype.
+    """
+
+    config: ProjectionConfig
+    initializer: Initializer
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, D] -> [B, E]."""
+        hidden = Linear((x.shape[-1],), ("embed", "mlp"), self.initializer, dtype=self.dtype, name="hidden")(x)
+        head = Linear(
+            (self.config.features,),
+            ("mlp", "joint"),
+            self.initializer,
+            use_bias=self.config.bias,
+            dtype=self.dtype,
+            name="out",
+        )
+        return head(jax.nn.gelu(hidden, approximate=False))
+
+
+__all__ = ["MLPHead", "ProjectionConfig", "project"]

@@ -1,0 +1,126 @@
+"""An image tower and a text tower that meet in one space. The losses on them live in `vlm_jax.losses`."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+from jax.nn.initializers import constant
+
+from vlm_jax.models.projection import ProjectionConfig
+from vlm_jax.models.stochastic import fold_in
+from vlm_jax.models.text import TextConfig, TextTower
+from vlm_jax.models.vit import ViT, ViTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoTowerConfig:
+    """A dual encoder; the defaults are CLIP's ViT-B/32."""
+
+    image: ViTConfig = dataclasses.field(default_factory=ViTConfig)  # the image tower
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)  # the text tower
+    embed_dim: int = 512  # dimension of the joint space
+    projection: Literal["linear", "mlp", "none"] = "linear"  # head of both towers; "none": their widths are embed_dim
+    text_projection_bias: bool = False  # bias on the text head (SigLIP)
+    logit_scale_init: float = math.log(1 / 0.07)  # start of the learned log temperature (SigLIP: ln 10)
+    logit_bias_init: float | None = None  # start of the learned logit bias (SigLIP: -10); None for none
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that can't be built."""
+        if self.embed_dim < 1:
+            yield "embed_dim", f"= {self.embed_dim} must be at least 1"
+        if self.image.pool == "none":
+            yield "image.pool", "= 'none' leaves no vector to compare with the text; use 'cls', 'mean' or 'map'"
+        if self.projection == "none":
+            for tower, width in (("image", self.image.width), ("text", self.text.width)):
+                if width != self.embed_dim:
+                    yield "projection", f"= 'none' needs {tower}.width {width} to be embed_dim {self.embed_dim}"
+
+    def head(self, bias: bool) -> ProjectionConfig | None:
+        """The head of a tower."""
+        if self.projection == "none":
+            return None
+        return ProjectionConfig(self.projection, self.embed_dim, bias)
+
+
+class TwoTower(nn.Module):
+    """CLIP (Radford et al. 2021), and with other sub-configs SigLIP, LiT, FLIP.
+
+    Parameters: `image/...` and `text/...` (each with its `projection`), `logit_scale` () = log of the scale, and
+    `logit_bias` () if the config has one.
+
+    Attributes:
+        config: both towers and the joint space.
+        dtype: compute dtype; parameters, features and scale are fp32.
+    """
+
+    config: TwoTowerConfig
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Declares towers and scalars."""
+        config = self.config
+        self.image = ViT(config.image, config.head(bias=False), self.dtype)
+        self.text = TextTower(config.text, config.head(config.text_projection_bias), self.dtype)
+        self.logit_scale = self.param("logit_scale", constant(config.logit_scale_init), (), jnp.float32)
+        if config.logit_bias_init is not None:
+            self.logit_bias = self.param("logit_bias", constant(config.logit_bias_init), (), jnp.float32)
+
+    def __call__(
+        self,
+        images: jax.Array,
+        texts: jax.Array,
+        keys: jax.Array | None = None,
+        *,
+        normalize: bool = True,
+        intermediates: bool = False,
+    ) -> dict[str, jax.Array]:
+        """Encodes a batch of pairs.
+
+        Args:
+            images: normalised float [B, H, W, 3].
+            texts: int32 [B, L] token ids.
+            keys: [B] typed keys, one a pair, or None at evaluation.
+            normalize: whether features have unit length.
+            intermediates: whether to return every block's output.
+
+        Returns:
+            "image_features" and "text_features" [B, E] fp32; "logit_scale" (), the factor on cosines, exp of the
+            parameter; "logit_bias" () if there is one; and each tower's outputs as "image/tokens", "text/pooled", ...
+        """
+        image = self.image(images, fold_in(keys, 0), intermediates=intermediates)
+        text = self.text(texts, fold_in(keys, 1), intermediates=intermediates)
+        outputs = {
+            "image_features": _features(image, normalize),
+            "text_features": _features(text, normalize),
+            "logit_scale": jnp.exp(self.logit_scale),
+        }
+        if self.config.logit_bias_init is not None:
+            outputs["logit_bias"] = self.logit_bias
+        for tower, named in (("image", image), ("text", text)):
+            outputs |= {f"{tower}/{name}": value for name, value in named.items()}
+        return outputs
+
+    def encode_image(self, images: jax.Array, keys: jax.Array | None = None, *, normalize: bool = True) -> jax.Array:
+        """Normalised float [B, H, W, 3] -> features [B, E] fp32; the same numbers as `__call__`."""
+        return _features(self.image(images, fold_in(keys, 0)), normalize)
+
+    def encode_text(self, texts: jax.Array, keys: jax.Array | None = None, *, normalize: bool = True) -> jax.Array:
+        """int32 [B, L] -> features [B, E] fp32; the same numbers as `__call__`."""
+        return _features(self.text(texts, fold_in(keys, 1)), normalize)
+
+
+def _features(outputs: dict[str, jax.Array], normalize: bool) -> jax.Array:
+    features = outputs.get("embedding", outputs["pooled"]).astype(jnp.float32)
+    if not normalize:
+        return features
+    # rsqrt of a clamped square, not a division by a norm: the gradient of a norm at zero is NaN.
+    square = jnp.square(features).sum(axis=-1, keepdims=True)
+    return features * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+__all__ = ["TwoTower", "TwoTowerConfig"]

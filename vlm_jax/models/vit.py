@@ -1,0 +1,168 @@
+"""The vision transformer of every image objective. Swin and convolutional towers are other modules."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+
+from vlm_jax.mesh import constrain
+from vlm_jax.models.initializers import INITIALIZERS, Initializers, InitName
+from vlm_jax.models.norms import LayerNorm
+from vlm_jax.models.patches import PatchEmbed
+from vlm_jax.models.pooling import MapHead, mean_tokens
+from vlm_jax.models.position import sincos_2d
+from vlm_jax.models.projection import ProjectionConfig, project
+from vlm_jax.models.stochastic import drop_patches, fold_in
+from vlm_jax.models.transformer import TransformerConfig, run_blocks
+from vlm_jax.models.weights import weight
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig(TransformerConfig):
+    """An image tower; the defaults are CLIP's ViT-B/32."""
+
+    image_size: tuple[int, int] | int = 224  # (height, width) in pixels, or the side of a square
+    patch_size: int = 32  # side of a patch in pixels
+    pool: Literal["cls", "mean", "map", "none"] = "cls"  # class token, mean of patches, attention pooling, nothing
+    class_token: bool = True  # a learned token before the patches
+    registers: int = 0  # learned tokens between class token and patches, without position
+    pos_embed: Literal["learned", "sincos"] = "learned"  # learned table, or fixed 2-D sine-cosine
+    pre_norm: bool = True  # layer norm before the first block (CLIP)
+    post_norm: bool = True  # layer norm after the last block
+    patch_bias: bool = False  # bias on the patch embedding
+    patch_dropout: float = 0.0  # share of patches dropped in training before the blocks (FLIP)
+    init: InitName = "clip_image"  # recipe of the initial weights
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches: class token and registers."""
+        return int(self.class_token) + self.registers
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that can't be built."""
+        yield from super().problems()
+        height, width = self.image_shape
+        if self.patch_size < 1 or min(height, width) < 1:
+            yield "patch_size", f"= {self.patch_size} and image_size {height}x{width} must be at least 1"
+        elif height % self.patch_size or width % self.patch_size:
+            divisors = [p for p in range(2, 65) if height % p == 0 and width % p == 0]
+            near = sorted(sorted(divisors, key=lambda p: abs(p - self.patch_size))[:3]) or [1]
+            yield "patch_size", f"= {self.patch_size} does not divide image_size {height}x{width}; use one of {near}"
+        if self.pool == "cls" and not self.class_token:
+            yield "pool", "= 'cls' needs class_token = true; set it, or pool by 'mean' or 'map'"
+        if self.pos_embed == "sincos" and self.width % 4:
+            yield "pos_embed", f"= 'sincos' needs a width divisible by 4, not {self.width}"
+        if not 0 <= self.patch_dropout < 1:
+            yield "patch_dropout", f"= {self.patch_dropout} is a share of the patches; it must lie in [0, 1)"
+        if self.registers < 0:
+            yield "registers", f"= {self.registers} must be at least 0"
+
+
+class ViT(nn.Module):
+    """Dosovitskiy et al. 2021, with the details of CLIP, SigLIP, MAE and FLIP by config.
+
+    Attributes:
+        config: the tower.
+        projection: the head on the pooled vector, or None.
+        dtype: compute dtype; parameters are fp32.
+    """
+
+    config: ViTConfig
+    projection: ProjectionConfig | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images_BxHxWxC: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False
+    ) -> dict[str, jax.Array]:
+        """Encodes normalised images.
+
+        Args:
+            images_BxHxWxC: float, of the config's image size.
+            keys: [B] typed keys, one a row, or None at evaluation (no dropping of anything).
+            intermediates: whether to return what stands between the layers.
+
+        Returns:
+            "tokens" [B, T, D] after the last norm, prefix tokens first; "pooled" [B, D] unless pool is "none";
+            "embedding" [B, E] if there is a projection; with intermediates "embed" [B, T, D], the first block's
+            input, and "blocks" [L, B, T, D], every block's output.
+
+        Raises:
+            ValueError: the images have another size than the config.
+        """
+        config = self.config
+        if images_BxHxWxC.shape[1:3] != config.image_shape:
+            raise ValueError(
+                f"this tower takes images of {config.image_shape[0]}x{config.image_shape[1]} (height x width), "
+                f"not {images_BxHxWxC.shape[1]}x{images_BxHxWxC.shape[2]}; resize them, or set image_size"
+            )
+        init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim)
+        x = self._embed(images_BxHxWxC, init, fold_in(keys, 0))
+        embed = x
+        x, blocks = run_blocks(config, x, fold_in(keys, 1), intermediates=intermediates, dtype=self.dtype)
+        outputs = self._pool(x, init)
+        if self.projection is not None:
+            outputs["embedding"] = project(self.projection, init.projection, outputs["pooled"], self.dtype)
+        if blocks is not None:
+            outputs |= {"embed": embed, "blocks": blocks}
+        return outputs
+
+    def _embed(self, images: jax.Array, init: Initializers, keys: jax.Array | None) -> jax.Array:
+        """[B, H, W, C] -> [B, T, D]: patches with positions, some dropped, behind the prefix tokens."""
+        config = self.config
+        patch_embed = PatchEmbed(
+            config.patch_size, config.width, config.patch_bias, init, dtype=self.dtype, name="patch_embed"
+        )
+        x = constrain(patch_embed(images), "batch", "length", "embed")
+        class_positions = int(config.class_token)
+        positions = self._positions(init, class_positions)
+        x = drop_patches(x + positions[class_positions:], config.patch_dropout, keys)
+        prefix = []
+        if config.class_token:
+            token = weight(self, "class_token", init.class_token, ("embed",), (config.width,))
+            prefix.append((token.astype(self.dtype) + positions[0])[None])
+        if config.registers:
+            shape = (config.registers, config.width)
+            prefix.append(weight(self, "registers", init.class_token, (None, "embed"), shape).astype(self.dtype))
+        rows = [jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)) for tokens in prefix]
+        x = constrain(jnp.concatenate([*rows, x], axis=1), "batch", "length", "embed")
+        return LayerNorm(config.norm_eps, name="ln_pre")(x) if config.pre_norm else x
+
+    def _positions(self, init: Initializers, class_positions: int) -> jax.Array:
+        """[class token + patches, D]."""
+        config = self.config
+        if config.pos_embed == "sincos":
+            return jnp.asarray(sincos_2d(config.grid, config.width, class_positions), self.dtype)
+        shape = (class_positions + config.grid[0] * config.grid[1], config.width)
+        return weight(self, "pos_embed", init.position, (None, "embed"), shape).astype(self.dtype)
+
+    def _pool(self, x: jax.Array, init: Initializers) -> dict[str, jax.Array]:
+        config = self.config
+        norm = LayerNorm(config.norm_eps, name="ln_post") if config.post_norm else (lambda y: y)
+        outputs = {"tokens": norm(x)}
+        if config.pool == "cls":
+            # Normalised apart from the tokens: a caller that only wants the pooled vector pays for one token.
+            outputs["pooled"] = norm(x[:, 0])
+        elif config.pool == "mean":
+            outputs["pooled"] = mean_tokens(outputs["tokens"][:, config.prefix_tokens :])
+        elif config.pool == "map":
+            outputs["pooled"] = MapHead(config, init, dtype=self.dtype, name="map_head")(outputs["tokens"])
+        return outputs
+
+
+__all__ = ["ViT", "ViTConfig"]

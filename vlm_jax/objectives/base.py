@@ -1,0 +1,93 @@
+"""What a method tells the rest of the program: its sizes, its rows, its loss, and the features it can be judged by.
+
+The loss seam itself (`Objective`, (sum, count), `embed`, `pair_loss`) is in `vlm_jax.step`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+
+from vlm_jax.data.examples import MakeExample
+from vlm_jax.data.images import PreprocessConfig
+from vlm_jax.data.pipeline import DataConfig
+from vlm_jax.data.text import Tokenizer
+from vlm_jax.schema import Choice
+from vlm_jax.step import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig(Choice):
+    """Family of methods."""
+
+    @classmethod
+    def kinds(cls) -> Mapping[str, type[Any]]:
+        """The methods by name."""
+        # Here and not on top: the members' modules import this one.
+        from vlm_jax.objectives import clip
+
+        return {"clip": clip.ClipConfig}
+
+    @property
+    def image_size(self) -> int:
+        """Side of the model's square images in pixels."""
+        raise TypeError(f"{type(self).__name__} defines no image_size")
+
+    def build(self, preprocess: PreprocessConfig, dtype: Dtype) -> "ModelObjective":
+        """The objective; `preprocess` tells the normalisation on the chip, `dtype` is the compute dtype."""
+        raise TypeError(f"{type(self).__name__} defines no build")
+
+    def make_example(self, tokenizer: Tokenizer, data: DataConfig) -> MakeExample:
+        """What turns a record of the source into a row of a batch."""
+        raise TypeError(f"{type(self).__name__} defines no make_example")
+
+    def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The global batch, for lowering the step without data."""
+        raise TypeError(f"{type(self).__name__} defines no batch_shapes")
+
+    def data_problems(self, data: DataConfig) -> Iterator[tuple[str, str]]:
+        """Conflicts with the data config: (key relative to the whole config, sentence)."""
+        yield from ()
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises `ConfigError` when the tokenizer, once it is built, does not fit the model."""
+
+    def train_flops(self) -> float:
+        """Model FLOPs of one example's forward and backward pass."""
+        raise TypeError(f"{type(self).__name__} defines no train_flops")
+
+
+class ModelObjective(Objective):
+    """An objective around one Flax module, with the features that evaluations ask for.
+
+    Attributes:
+        module: the Flax module; `module.apply({"params": params}, ...)`.
+        preprocess: its normalisation.
+    """
+
+    module: nn.Module
+    preprocess: PreprocessConfig
+
+    def outputs(self, params: Any, batch: Mapping[str, jax.Array], intermediates: bool = True) -> dict[str, jax.Array]:
+        """Named outputs of the model on a batch, without anything random."""
+        raise TypeError(f"{type(self).__name__} defines no outputs")
+
+    def image_features(self, params: Any, images: jax.Array) -> jax.Array:
+        """uint8 or normalised float [B, H, W, 3] -> L2-normalised fp32 [B, E]."""
+        raise TypeError(f"{type(self).__name__} has no image features")
+
+    def text_features(self, params: Any, texts: jax.Array) -> jax.Array:
+        """int32 [B, L] -> L2-normalised fp32 [B, E]."""
+        raise TypeError(f"{type(self).__name__} has no text features")
+
+
+def normalise_images(images: jax.Array, preprocess: PreprocessConfig) -> jax.Array:
+    """uint8 [B, H, W, 3] -> (x / 255 - mean) / std in fp32; float images are taken as normalised already."""
+    if not jnp.issubdtype(images.dtype, jnp.integer):
+        return images
+    mean, std = (jnp.asarray(values, jnp.float32) for values in (preprocess.mean, preprocess.std))
+    return (images.astype(jnp.float32) / 255.0 - mean) / std

@@ -1,0 +1,277 @@
+"""The training loop: restore or start, step, log, evaluate, save, stop. It knows no method.
+
+A workdir holds one run. The same command on the same workdir continues it, and ends with the bits that the unbroken
+run would have had on the same devices.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from vlm_jax.assemble import Program, build_evaluators, build_program, build_run_tokenizer, index_directory
+from vlm_jax.checkpoint import Checkpointer
+from vlm_jax.clock import Clock
+from vlm_jax.config import Config, check_same_run, to_json
+from vlm_jax.console import Console
+from vlm_jax.data.pipeline import Batch, TrainLoader
+from vlm_jax.data.text import Tokenizer
+from vlm_jax.evaluate import evaluate
+from vlm_jax.flops import mfu, peak_flops
+from vlm_jax.mesh import host_values
+from vlm_jax.metrics import MetricWriter, mean, write_json
+from vlm_jax.parts import merge
+from vlm_jax.preemption import EXIT_PREEMPTED, StopRequest
+from vlm_jax.schema import to_dict
+from vlm_jax.step import TrainState
+from vlm_jax.warm_start import warm_start
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the sentence says why and what to do."""
+
+
+def train(config: Config, workdir: str, started: float | None = None) -> int:
+    """Runs or continues a run to its last step.
+
+    Args:
+        config: the resolved config.
+        workdir: its folder; made when absent.
+        started: `time.time()` at the start of the process, for the time to the first step.
+
+    Returns:
+        The exit code: 0 when the last step is done, 75 when a signal stopped it after a save.
+
+    Raises:
+        ConfigError: the config does not fit the devices, the data, or the run in this workdir.
+        TrainingError: too many steps in a row were not finite.
+        CheckpointError, BadRecordBudgetExceeded: see there.
+    """
+    workdir = os.path.abspath(os.path.expanduser(workdir))
+    with StopRequest() as stop:
+        program = build_program(config)
+        with jax.set_mesh(program.mesh):
+            run = _Run(program, workdir, started or time.time())
+            try:
+                return run.loop(stop)
+            finally:
+                run.close()
+
+
+class _Run:
+    """One process's share of a run: everything that the loop holds beside the train state."""
+
+    def __init__(self, program: Program, workdir: str, started: float):
+        config = program.config
+        self.config, self.program, self.workdir, self.started = config, program, workdir, started
+        self.is_primary = jax.process_index() == 0
+        claim_workdir(workdir, config, self.is_primary)
+        self.console = Console(config.train.steps, is_primary=self.is_primary)
+        self.checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint)
+        self.source = config.data.build_source(index_directory(workdir))
+        restored = self.checkpointer.restore(program.setup.abstract)
+        meta: Mapping[str, Any] = {} if restored is None else restored[1]
+        if restored is not None:
+            check_same_run(meta["config"], config, workdir)
+        self.tokenizer: Tokenizer = build_run_tokenizer(config, self.source, meta.get("tokenizer"))
+        self.state: TrainState = self._first_state() if restored is None else restored[0]
+        self.step = int(meta.get("step", 0))
+        self.loader = TrainLoader(
+            self.source,
+            config.objective.make_example(self.tokenizer, config.data),
+            config.data.batch_size,
+            config.seed,
+            program.mesh,
+            int(meta.get("data_position", 0)),
+            config.data,
+        )
+        self.writer = MetricWriter(workdir, is_primary=self.is_primary)
+        self.writer.truncate_after(self.step)
+        self.clock = Clock()
+        # Opened now and not when they are first due: a wrong path must not cost the steps until then.
+        self.evaluators = build_evaluators(
+            config, program.objective, self.tokenizer, program.mesh, index_directory(workdir)
+        )
+        self._announce(restored is not None)
+
+    def _first_state(self) -> TrainState:
+        state = self.program.setup.init()
+        if not self.config.init_from.path:
+            return state
+        params = warm_start(state.params, self.config.init_from, to_json(self.config))
+        live, _ = self.program.setup.parts.split(params)
+        # a copy, since the step donates both
+        return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), live) if state.ema else {})
+
+    def _announce(self, resumed: bool) -> None:
+        config, say = self.config, self.console.message
+        counts = self.program.setup.parts.counts()
+        shape = " x ".join(f"{name}={size}" for name, size in self.program.mesh.shape.items() if size > 1) or "1 device"
+        say(f"{config.name}: {sum(counts.values()):,} parameters ({', '.join(f'{k} {v:,}' for k, v in counts.items())})")
+        say(f"mesh {shape} ({jax.devices()[0].device_kind}), {len(self.source):,} records, batch {config.data.batch_size}")
+        say(f"workdir {self.workdir}" + (f", continued at step {self.step}" if resumed else ""))
+
+    def loop(self, stop: StopRequest) -> int:
+        """All steps that are left."""
+        total = self.config.train.steps
+        pending: tuple[int, Any] | None = None
+        while self.step < total:
+            if stop.now(self.step):
+                self._log(pending)
+                return self._leave_early()
+            with self.clock.phase("data"):
+                batch: Batch = next(self.loader)
+            self._profile()
+            with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+                self.state, metrics = self.program.step(self.state, batch)
+            self.step += 1
+            # The metrics of the step before are read only now: the device never waits for the host.
+            self._log(pending)
+            pending = (self.step, metrics)
+            evaluate_now, save_now = self._eval_due(self.step), self.checkpointer.due(self.step)
+            if evaluate_now or save_now or self.step == total:
+                self._log(pending)
+                pending = None
+                self._pause(evaluate_now, save_now)
+        return self._finish()
+
+    def _pause(self, evaluate_now: bool, save_now: bool) -> None:
+        """Evaluation and checkpoint between two steps; neither counts as time of a step.
+
+        In this order: a run that is killed between the two goes on from before both, and evaluates again.
+        """
+        if self.step == self.config.train.steps:
+            return
+        if evaluate_now:
+            with self.clock.phase("evaluation"):
+                self._evaluate()
+        with self.clock.phase("save"):
+            if save_now:
+                self._save()
+            self.checkpointer.check_error()
+
+    def _eval_due(self, step: int) -> bool:
+        intervals = [entry.every or self.config.train.eval_every for entry in self.config.evals]
+        return any(every and step % every == 0 for every in intervals)
+
+    def _log(self, pending: tuple[int, Any] | None) -> None:
+        """Waits for a step's metrics and writes them if they are due."""
+        if pending is None:
+            return
+        step, metrics = pending
+        values = {name: mean(pair) for name, pair in host_values(metrics).items()}
+        first = self.clock.first_step()
+        if first:
+            self.console.message(f"first step after {time.time() - self.started:.1f} s")
+        if values["nonfinite_in_a_row"] >= self.config.train.max_nonfinite:
+            raise TrainingError(
+                f"loss or gradients were not finite in {int(values['nonfinite_in_a_row'])} steps in a row, the last one "
+                f"step {step - 1} (examples {(step - 1) * self.config.data.batch_size} to "
+                f"{step * self.config.data.batch_size - 1} of the run); parameters are those before them. Lower the "
+                "learning rate, clip gradients (config.optimizer.clip_norm), or look at these examples"
+            )
+        if values["nonfinite_in_a_row"]:
+            self.console.message(f"step {step - 1}: loss or gradients are not finite; the step changed nothing")
+        self.clock.step_done()
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            self._report(step, values)
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
+        timing = self.clock.summary()
+        seconds = timing["seconds_per_step"]
+        timing["examples_per_second"] = self.config.data.batch_size / seconds
+        flops = self.config.objective.train_flops() * self.config.data.batch_size
+        used = mfu(flops, seconds, jax.device_count(), peak_flops(jax.devices()[0]))
+        if used is not None:
+            timing["mfu"] = used
+        values["bad_records"] = float(self.loader.bad_records)
+        self.writer.scalars(step, values | {f"time/{name}": value for name, value in timing.items()})
+        self.console.update(step, values | timing)
+
+    def _save(self) -> None:
+        self.checkpointer.save(
+            self.step,
+            self.state,
+            data_position=self.loader.position,
+            config=to_json(self.config),
+            tokenizer=self.tokenizer.state(),
+            preprocess=to_dict(self.config.data.preprocess),
+            force=True,
+        )
+
+    def _leave_early(self) -> int:
+        self.console.message(f"stopped by a signal after step {self.step}; saving")
+        if self.step:
+            self._save()
+        self.checkpointer.wait()
+        self.console.message("saved; the same command goes on from here")
+        return EXIT_PREEMPTED
+
+    def _finish(self) -> int:
+        """The last checkpoint, then the last evaluation: a crash in it loses no training."""
+        self._save()
+        self.checkpointer.wait()
+        if self.evaluators and not self._evaluated():
+            self._evaluate()
+        self.console.message(f"done: {self.config.train.steps} steps; {self.loader.bad_records} unusable records replaced")
+        return 0
+
+    def _evaluated(self) -> bool:
+        """Whether the last evaluation stands in eval.json: the command of a finished run was given again."""
+        path = os.path.join(self.workdir, "eval.json")
+        if not os.path.exists(path):
+            return False
+        with open(path, encoding="utf-8") as file:
+            return json.load(file).get("step") == self.step
+
+    def _evaluate(self) -> None:
+        last = self.step == self.config.train.steps
+        due = [
+            evaluator
+            for every, evaluator in self.evaluators
+            if last or self.step % (every or self.config.train.eval_every or self.step) == 0
+        ]
+        metrics = evaluate(due, self._eval_params(), self.step, self.writer)
+        if self.is_primary:
+            write_json(os.path.join(self.workdir, "eval.json"), {"step": self.step, **metrics})
+        for name, value in metrics.items():
+            self.console.message(f"step {self.step}  {name} {value:.4f}")
+
+    def _eval_params(self) -> Any:
+        """The averaged parameters where a run keeps them, else the parameters."""
+        if not jax.tree.leaves(self.state.ema):
+            return self.state.params
+        _, frozen = self.program.setup.parts.split(self.state.params)
+        return merge(self.state.ema, frozen)
+
+    def _profile(self) -> None:
+        start, count = self.config.train.profile_start, self.config.train.profile_steps
+        if not count:
+            return
+        if self.step == start:
+            jax.profiler.start_trace(os.path.join(self.workdir, "tensorboard"))
+        elif self.step == start + count:
+            jax.block_until_ready(self.state.step)
+            jax.profiler.stop_trace()
+
+    def close(self) -> None:
+        """Stops what runs beside the loop, whatever ended it."""
+        self.loader.close()
+        self.writer.close()
+        self.console.close()
+        self.checkpointer.close()
+
+
+def claim_workdir(workdir: str, config: Config, is_primary: bool) -> None:
+    """Writes WORKDIR/config.json, or checks that the one there is of the same run; raises `ConfigError` if not."""
+    path = os.path.join(workdir, "config.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            check_same_run(json.load(file), config, workdir)
+    if is_primary:
+        os.makedirs(workdir, exist_ok=True)
+        write_json(path, to_json(config))
+

@@ -1,0 +1,213 @@
+"""Warm start: the parameters of another checkpoint as the initial ones of a new run.
+
+Only parameters are taken: never the step, the optimiser or the data position. Resuming a run is
+`vlm_jax.checkpoint.Checkpointer.restore`; files of other code bases are imported by `vlm_jax.interop` first.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from vlm_jax import orbax_noise
+from vlm_jax.checkpoint_format import find_step, params_root, read_arrays, read_meta
+from vlm_jax.digest import flatten_paths
+from vlm_jax.models.position import resize_1d, resize_grid
+from vlm_jax.schema import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class InitFrom:
+    """Which parameters come from where. Patterns are regular expressions that must match a whole path."""
+
+    path: str = ""  # a workdir, one of its checkpoints, or an imported checkpoint; empty: a random start
+    # (pattern on a path of this model, path in the source, with \1 for the pattern's first group, ...): the first
+    # match wins, and what no pattern matches has the same path in the source
+    map: tuple[tuple[str, str], ...] = ()
+    skip: tuple[str, ...] = ()  # patterns of this model's parameters that keep their random start
+    ignore: tuple[str, ...] = ()  # patterns of the source's parameters that aren't needed
+    resize: tuple[str, ...] = (r"(.*/)?pos_embed",)  # patterns of position embeddings that may be resized
+    weights: Literal["ema", "params"] = "ema"  # the averaged parameters where the source has them, or the raw ones
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Patterns that aren't regular expressions, and rules without a source."""
+        patterns = {"map": [pattern for pattern, _ in self.map], "skip": self.skip, "ignore": self.ignore}
+        for key, group in (patterns | {"resize": self.resize}).items():
+            for pattern in group:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    yield key, f"has {pattern!r}, which is no regular expression: {error}"
+        for key, group in patterns.items():
+            if group and not self.path:
+                yield key, "is given without a source; set init_from.path"
+
+
+def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) -> Any:
+    """The parameters with those of another checkpoint put in.
+
+    Args:
+        params: this model's initial parameters, a tree of jax arrays.
+        init_from: the source and the rules; an empty path returns `params`.
+        new_config: this run's config as plain data. With the config stored in the source it gives the grids between
+            which a position embedding is resized: its number of rows alone wouldn't tell 4 x 9 patches from 6 x 6.
+
+    Returns:
+        A tree like `params`, each leaf in the dtype and sharding that it had.
+
+    Raises:
+        ConfigError: lists every parameter that is missing, unused or of another shape, and every rule without use.
+        CheckpointError: no checkpoint there, or a damaged one.
+    """
+    if not init_from.path:
+        return params
+    orbax_noise.silence()
+    ours, treedef = flatten_paths(params), jax.tree.structure(params)
+    directory = find_step(init_from.path)
+    meta = read_meta(directory)
+    root = params_root(directory, meta["manifest"], init_from.weights)
+    source = {p.removeprefix(root): entry for p, entry in meta["manifest"].items() if p.startswith(root)}
+    sources, problems = _match(init_from, list(ours), list(source))
+    resizes = {}
+    for path, source_path in sources.items():
+        old_shape, new_shape = tuple(source[source_path]["shape"]), ours[path].shape
+        if any(re.fullmatch(pattern, path) for pattern in init_from.resize):
+            resize = _Resize(source_path, old_shape, path, new_shape, meta["config"], new_config)
+            if resize.needed():
+                resizes[path] = resize
+                problems += resize.problems()
+        elif old_shape != new_shape:
+            problems.append(f"{path}: {list(new_shape)} in this model, {list(old_shape)} in the source")
+    if problems:
+        raise ConfigError(
+            f"config.init_from: the parameters in {directory} don't fit this model. Rename by init_from.map, keep the "
+            "random start by init_from.skip, leave out by init_from.ignore:\n  " + "\n  ".join(problems)
+        )
+    wanted = {}
+    for path, source_path in sources.items():
+        entry, sharding = source[source_path], ours[path].sharding
+        sharding = _replicated(sharding) if path in resizes else sharding
+        wanted[root + source_path] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
+    arrays = read_arrays(directory, meta["manifest"], wanted)
+    new = dict(ours)
+    for path, source_path in sources.items():
+        array = arrays[root + source_path]
+        if path in resizes:
+            array = resizes[path](np.asarray(array))
+        new[path] = jax.device_put(array.astype(ours[path].dtype), ours[path].sharding)
+    return jax.tree.unflatten(treedef, [new[path] for path in ours])
+
+
+def _match(init_from: InitFrom, ours: list[str], source: list[str]) -> tuple[dict[str, str], list[str]]:
+    """({our path: source path} of all that is found, sentences on all that isn't)."""
+    sources, problems, used = {}, [], set()
+    for path in ours:
+        if skipped := [pattern for pattern in init_from.skip if re.fullmatch(pattern, path)]:
+            used.update(("skip", pattern) for pattern in skipped)
+            continue
+        source_path = path
+        for pattern, replacement in init_from.map:
+            if match := re.fullmatch(pattern, path):
+                source_path = match.expand(replacement)
+                used.add(("map", pattern))
+                break
+        if source_path in source:
+            sources[path] = source_path
+        else:
+            problems.append(f"{path}: not in the source" + ("" if source_path == path else f" as {source_path}"))
+    for path in sorted(set(source) - set(sources.values())):
+        if ignored := [pattern for pattern in init_from.ignore if re.fullmatch(pattern, path)]:
+            used.update(("ignore", pattern) for pattern in ignored)
+        else:
+            problems.append(f"{path}: in the source, but used by no parameter of this model")
+    rules = [("map", pattern) for pattern, _ in init_from.map]
+    rules += [(key, pattern) for key in ("skip", "ignore") for pattern in getattr(init_from, key)]
+    problems += [
+        f"init_from.{key}: {pattern!r} matches nothing" for key, pattern in rules if (key, pattern) not in used
+    ]
+    return sources, problems
+
+
+class _Resize:
+    """The resize of one position embedding [positions, D]: of a grid for images, of a length for texts."""
+
+    def __init__(
+        self,
+        old_path: str,
+        old_shape: tuple[int, ...],
+        new_path: str,
+        new_shape: tuple[int, ...],
+        old_config: Mapping[str, Any],
+        new_config: Mapping[str, Any],
+    ) -> None:
+        self.path, self.old_shape, self.new_shape = new_path, old_shape, new_shape
+        self.old_grid, self.new_grid = _grid(old_config, old_path), _grid(new_config, new_path)
+
+    def needed(self) -> bool:
+        """Equal shapes may still be of different grids: 36 patches are 4 x 9 or 6 x 6."""
+        known = self.old_grid is not None and self.new_grid is not None
+        return self.old_shape != self.new_shape or (known and self.old_grid != self.new_grid)
+
+    def problems(self) -> Iterator[str]:
+        """Why it can't be done."""
+        what = f"{self.path}: {list(self.new_shape)} in this model, {list(self.old_shape)} in the source; "
+        if not (len(self.old_shape) == len(self.new_shape) == 2 and self.old_shape[1] == self.new_shape[1]):
+            yield what + "only the number of positions can be resized"
+        elif self.old_grid is None or self.new_grid is None:
+            where = "source's" if self.old_grid is None else "new"
+            yield what + f"the {where} config has no single tower with image_size and patch_size, or length, for it"
+        elif len(self.old_grid) != len(self.new_grid):
+            yield what + "one is a grid of patches and the other a row of tokens"
+        elif self._prefix(self.old_shape, self.old_grid) != self._prefix(self.new_shape, self.new_grid):
+            yield what + f"beside the grids {self.new_grid} and {self.old_grid} they have different class tokens"
+
+    @staticmethod
+    def _prefix(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
+        return shape[0] - int(np.prod(grid))
+
+    def __call__(self, table: np.ndarray) -> np.ndarray:
+        match self.old_grid, self.new_grid:
+            case (old_rows, old_columns), (rows, columns):
+                prefix = self._prefix(self.old_shape, (old_rows, old_columns))
+                return resize_grid(table, (old_rows, old_columns), (rows, columns), prefix)
+            case _:
+                return resize_1d(table, self.new_shape[0])
+
+
+def _grid(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
+    """(rows, columns) or (length,) of the tower to which the position embedding `path` belongs; None if unknown."""
+    towers = [(name, size) for name, node in _nodes("", config) if (size := _size(node)) is not None]
+    parents = path.split("/")[:-1]
+    named = [size for name, size in towers if parents and name == parents[-1]] or [size for _, size in towers]
+    return named[0] if len(set(named)) == 1 else None
+
+
+def _size(node: Mapping[str, Any]) -> tuple[int, ...] | None:
+    match node:
+        case {"image_size": int(side), "patch_size": int(patch)}:
+            return side // patch, side // patch
+        case {"image_size": [int(height), int(width)], "patch_size": int(patch)}:
+            return height // patch, width // patch
+        case {"length": int(length), "vocab_size": int()}:
+            return (length,)
+    return None
+
+
+def _nodes(name: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield name, node
+    for key, child in node.items():
+        if isinstance(child, Mapping):
+            yield from _nodes(key, child)
+
+
+def _replicated(sharding: Sharding) -> Sharding:
+    """Whole on every device of the same mesh, so that the host can read it and one digest covers all arrays."""
+    return NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
+
+
+__all__ = ["InitFrom", "warm_start"]
