@@ -19,7 +19,7 @@ from vlm_jax.optim import AdamW
 from vlm_jax.parts import Part
 from vlm_jax.schedule import Cosine
 
-SMOKE = {"train.steps": 6, "train.log_every": 2, "data.batch_size": 32, "checkpoint.every": 3, "evals.digits.limit": 40}
+SMOKE = {"train.steps": 6, "train.log_every": 2, "data.batch_size": 32, "checkpoint.every": 3, "evals.digits.limit": 60}
 
 
 def get_config(name: str = "") -> Config:
@@ -44,11 +44,11 @@ def get_config(name: str = "") -> Config:
         ),
         optimizer=AdamW(learning_rate=2e-3, weight_decay=0.1, b2=0.98, eps=1e-6, schedule=Cosine(warmup_steps=50)),
         parts=(Part("image", "image/.*"), Part("text", "text/.*"), Part("scale", "logit_scale")),
-        train=TrainConfig(steps=800, log_every=20, eval_every=400),
+        train=TrainConfig(steps=500, log_every=20, eval_every=250),
         checkpoint=CheckpointConfig(every=100),
         evals=(
             ZeroShotConfig("digits", DigitsConfig(split="test"), templates=("digits",)),
-            RetrievalConfig("digits", DigitsConfig(split="test"), captions_per_image=1),
+            RetrievalConfig("digits", DigitsConfig(split="test"), captions_per_image=1, shared_captions=True),
         ),
     )
     return variant(config, name, {"smoke": SMOKE})

@@ -27,6 +27,9 @@ from vlm_jax.checkpoint import (
     save_params,
 )
 
+# Orbax abandons what it was doing when it meets damage; pytest drops the filter that the package installs.
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'Store", "ignore:Exception ignored in")
+
 META = {
     "config": {"width": 4, "name": "tiny", "lr": 5e-4},
     "tokenizer": {"kind": "bytes"},

@@ -88,14 +88,12 @@ def test_no_flipped_bit_is_silent(dtype):
     rng = np.random.default_rng(2)
     array = (rng.normal(size=(16, 16)) * 10).astype(dtype)
     good = tree_digest({"x": array})["x"]
-    bits = rng.choice(array.nbytes * 8, size=400, replace=False)
-    copies = {}
-    for bit in bits:
+    silent = 0
+    for bit in rng.choice(array.nbytes * 8, size=1000, replace=False):
         raw = bytearray(array.tobytes())
         raw[bit // 8] ^= 1 << (bit % 8)
-        copies[f"flip{bit}"] = np.frombuffer(bytes(raw), dtype).reshape(array.shape)
-    stacked = tree_digest(copies)
-    assert sum(digest == good for digest in stacked.values()) == 0
+        silent += tree_digest({"x": np.frombuffer(bytes(raw), dtype).reshape(array.shape)})["x"] == good
+    assert silent == 0
 
 
 def test_signed_zero_nan_payloads_and_swaps_are_seen():

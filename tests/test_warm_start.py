@@ -112,8 +112,8 @@ def test_every_misfit_is_listed(source):
         "init_from.ignore: 'nothing' matches nothing",
         "image/kernel: [8, 3] in this model, [8, 2] in the source",
         "image/pos_embed: [11, 3] in this model, [37, 2] in the source; only the number of positions can be resized",
-        "text/pos_embed: [9, 2] in this model, [6, 2] in the source; the new config has no single tower with image_size "
-        "and patch_size, or length, for it",
+        "text/pos_embed: [9, 2] in this model, [6, 2] in the source; the new config has no single tower with "
+        "image_size and patch_size, or length, for it",
     }
 
 
@@ -130,8 +130,9 @@ def test_a_runs_average_is_preferred_and_its_step_left(tmp_path):
     state = {"step": jnp.int32(5), "params": params, "opt_state": {"mu": params}, "ema": {"w": jnp.full(3, 2.0)}}
     checkpointer.save(5, state, data_position=160, config={}, tokenizer=None, preprocess={})
     checkpointer.close()
-    for weights, value in (("ema", 2.0), ("params", 1.0)):
-        new = warm_start({"w": jnp.zeros(3)}, InitFrom(path=str(tmp_path), weights=weights), {})
+    path = str(tmp_path)
+    for rules, value in ((InitFrom(path=path), 2.0), (InitFrom(path=path, weights="params"), 1.0)):
+        new = warm_start({"w": jnp.zeros(3)}, rules, {})
         assert list(new) == ["w"]
         np.testing.assert_array_equal(new["w"], value)
     with pytest.raises(CheckpointError, match="doesn't exist"):

@@ -1,6 +1,9 @@
 """Pre-training of vision and vision-language models in JAX and Flax. `vlm_jax.load(path)` gives a trained model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_jax.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["load"]

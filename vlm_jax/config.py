@@ -153,7 +153,13 @@ def to_json(config: Config) -> dict[str, Any]:
 # What may change between the starts of one run without making it another run: where and how fast it runs, what it
 # reports and keeps. Everything else decides the numbers.
 _FREE = ("mesh", "evals", "checkpoint", "data.workers", "data.threads", "data.prefetch", "data.bad_record_budget")
-_FREE_TRAIN = ("train.log_every", "train.eval_every", "train.profile_start", "train.profile_steps", "train.max_nonfinite")
+_FREE_TRAIN = (
+    "train.log_every",
+    "train.eval_every",
+    "train.profile_start",
+    "train.profile_steps",
+    "train.max_nonfinite",
+)
 
 
 def check_same_run(saved: Mapping[str, Any], config: Config, workdir: str) -> None:

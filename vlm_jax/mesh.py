@@ -72,20 +72,22 @@ class MeshConfig:
         if free:
             if devices % known:
                 raise ConfigError(
-                    f"config.mesh.{free[0]} = -1 can't be resolved: {devices} devices don't divide by the other axes' {known}"
+                    f"config.mesh.{free[0]} = -1 can't be resolved: {devices} devices don't divide by {known}, the "
+                    "product of the other axes"
                 )
             sizes[free[0]] = devices // known
         elif known != devices:
             text = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "1"
             raise ConfigError(
-                f"config.mesh.data: the mesh {text} has {known} places and there are {devices} devices; set one axis to -1"
+                f"config.mesh.data: the mesh {text} has {known} places and there are {devices} devices; "
+                "set one axis to -1"
             )
         sizes["data"] *= self.dcn_data
         sizes["fsdp"] *= self.dcn_fsdp
         return sizes["data"], sizes["fsdp"], sizes["tensor"], sizes["sequence"]
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (default: all); raises `ConfigError` when the sizes don't multiply to them."""
     devices = jax.devices() if devices is None else devices
     shape = config.sizes(len(devices))
@@ -137,10 +139,12 @@ def weight_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, p
     spec: list[str | None] = []
     for name, size in zip(names, shape, strict=True):
         if name not in WEIGHT_AXES:
-            raise ValueError(f"weight {path}: the logical axis {name!r} is not in WEIGHT_AXES of vlm_jax/mesh.py; add it")
+            raise ValueError(f"weight {path}: the logical axis {name!r} is not in WEIGHT_AXES of mesh.py; add it")
         axis = WEIGHT_AXES[name]
         if axis is not None and axis in spec:
-            raise ValueError(f"weight {path}: axes {tuple(names)} put the mesh axis {axis!r} on it twice; rename one of them")
+            raise ValueError(
+                f"weight {path}: axes {tuple(names)} put mesh axis {axis!r} on it twice; rename one of them"
+            )
         divides = axis is not None and axis in mesh.shape and size % mesh.shape[axis] == 0
         spec.append(axis if divides else None)
     return P(*spec)

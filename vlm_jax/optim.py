@@ -174,6 +174,7 @@ class Matrix(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
+        """Whether there is a fan in and a fan out; a vector has none."""
         return bool(self.rows) and bool(self.columns)
 
     @property
@@ -194,9 +195,7 @@ def _map_leaves(function: Any, tree: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, x: function(tree_path(path), x), tree)
 
 
-def _on_matrices(
-    inner: optax.GradientTransformation, matrices: Mapping[str, Matrix]
-) -> optax.GradientTransformation:
+def _on_matrices(inner: optax.GradientTransformation, matrices: Mapping[str, Matrix]) -> optax.GradientTransformation:
     """`inner` applied to the leaves as ([layers,] in, out), stacks mapped layer by layer.
 
     optax factors over a leaf's two largest axes: of a stack of attention kernels [24, 1024, 16, 64] none qualifies,

@@ -37,10 +37,6 @@ class Choice:
         """The name under which this class stands in its family's table."""
         return next(name for name, member in cls.kinds().items() if member is cls)
 
-    @classmethod
-    def is_family(cls) -> bool:
-        return cls not in cls.kinds().values()
-
 
 def to_dict(config: Any) -> Any:
     """The config as plain dicts, lists and scalars, ready for JSON; a `Choice` carries its name under `kind`."""
@@ -127,7 +123,7 @@ def _replace(node: Any, path: list[str], value: Any, where: str, root: Any) -> A
             raise ConfigError(f"{where}.{name} is not one of the entries of {where}: {', '.join(names) or '(none)'}")
         key = f"{where}.{name}"
         return tuple(_replace(x, rest, value, key, root) if i in chosen else x for i, x in enumerate(node))
-    if not dataclasses.is_dataclass(node):
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise ConfigError(f"{where} is a plain value; it has no key {name!r}")
     hints = _hints(type(node))
     if name not in hints:
@@ -206,8 +202,8 @@ def _convert_choice(family: type[Choice], value: Any, where: str) -> Any:
     if isinstance(value, family) and not isinstance(value, str):
         return value
     kinds = family.kinds()
-    name = value if isinstance(value, str) else value.get("kind") if isinstance(value, Mapping) else None
-    if name not in kinds:
+    name = value.get("kind") if isinstance(value, Mapping) else value
+    if not isinstance(name, str) or name not in kinds:
         near = difflib.get_close_matches(str(name), kinds, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{where} must be one of {', '.join(kinds)}, not {name!r}{hint}")
@@ -219,7 +215,9 @@ def _convert_dataclass(cls: type, value: Any, where: str) -> Any:
     if isinstance(value, cls):
         return value
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} is a group of keys, it can't be {value!r}; set {where}.{next(iter(_hints(cls)), '')}")
+        raise ConfigError(
+            f"{where} is a group of keys, it can't be {value!r}; set {where}.{next(iter(_hints(cls)), '')}"
+        )
     hints = _hints(cls)
     for key in value:
         if key not in hints:

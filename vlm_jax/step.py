@@ -125,9 +125,7 @@ def make_setup(
     """Resolves parts, optimiser and shardings from shapes alone; nothing is allocated until `init` is called."""
     key = jax.random.key(seed)
     boxed = jax.eval_shape(lambda: objective.init(key))[0]
-    shapes = {
-        tree_path(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(unbox(boxed))[0]
-    }
+    shapes = {tree_path(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(unbox(boxed))[0]}
     resolved = Parts(parts, logical_names(boxed), shapes)
     optim = Optimizer(optimizer, resolved, total_steps)
 
@@ -267,8 +265,9 @@ def _coupled_gradient(
     """
     micros = _split((batch, keys), accum)
 
-    def embed(live: PyTree, micro: PyTree) -> PyTree:
-        return objective.embed(merge(live, frozen), state.extra, *micro, state.step)
+    def embed(live: PyTree, micro: tuple[Batch, jax.Array]) -> PyTree:
+        rows, row_keys = micro
+        return objective.embed(merge(live, frozen), state.extra, rows, row_keys, state.step)
 
     def mean_loss(live: PyTree, embeddings: PyTree) -> tuple[jax.Array, tuple[Ratio, Aux]]:
         (total, count), aux = objective.pair_loss(merge(live, frozen), state.extra, embeddings, state.step)
@@ -288,7 +287,7 @@ def _coupled_gradient(
 
 
 def _split(tree: PyTree, parts: int) -> PyTree:
-    """[B, ...] -> [parts, B / parts, ...] with rows j, j + parts, ... in microbatch j: every row stays on its device."""
+    """[B, ...] -> [parts, B / parts, ...], rows j, j + parts, ... in microbatch j: every row stays on its device."""
 
     def split(x: jax.Array) -> jax.Array:
         if x.shape[0] % parts:
@@ -300,9 +299,7 @@ def _split(tree: PyTree, parts: int) -> PyTree:
 
 def _join(tree: PyTree) -> PyTree:
     """The inverse of `_split`."""
-    return jax.tree.map(
-        lambda x: _pin(x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), axis=0), tree
-    )
+    return jax.tree.map(lambda x: _pin(x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), axis=0), tree)
 
 
 def _pin(x: jax.Array, axis: int) -> jax.Array:

@@ -4,6 +4,7 @@ A workdir holds one run. The same command on the same workdir continues it, and 
 run would have had on the same devices.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -104,14 +105,17 @@ class _Run:
         params = warm_start(state.params, self.config.init_from, to_json(self.config))
         live, _ = self.program.setup.parts.split(params)
         # a copy, since the step donates both
-        return state.replace(params=params, ema=jax.tree.map(lambda x: x.copy(), live) if state.ema else {})
+        ema = jax.tree.map(lambda x: x.copy(), live) if state.ema else {}
+        return dataclasses.replace(state, params=params, ema=ema)
 
     def _announce(self, resumed: bool) -> None:
         config, say = self.config, self.console.message
         counts = self.program.setup.parts.counts()
         shape = " x ".join(f"{name}={size}" for name, size in self.program.mesh.shape.items() if size > 1) or "1 device"
-        say(f"{config.name}: {sum(counts.values()):,} parameters ({', '.join(f'{k} {v:,}' for k, v in counts.items())})")
-        say(f"mesh {shape} ({jax.devices()[0].device_kind}), {len(self.source):,} records, batch {config.data.batch_size}")
+        per_part = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        say(f"{config.name}: {sum(counts.values()):,} parameters ({per_part})")
+        say(f"mesh {shape} ({jax.devices()[0].device_kind})")
+        say(f"{len(self.source):,} records, batch {config.data.batch_size}")
         say(f"workdir {self.workdir}" + (f", continued at step {self.step}" if resumed else ""))
 
     def loop(self, stop: StopRequest) -> int:
@@ -168,8 +172,8 @@ class _Run:
             self.console.message(f"first step after {time.time() - self.started:.1f} s")
         if values["nonfinite_in_a_row"] >= self.config.train.max_nonfinite:
             raise TrainingError(
-                f"loss or gradients were not finite in {int(values['nonfinite_in_a_row'])} steps in a row, the last one "
-                f"step {step - 1} (examples {(step - 1) * self.config.data.batch_size} to "
+                f"loss or gradients were not finite in {int(values['nonfinite_in_a_row'])} steps in a row, the last "
+                f"one step {step - 1} (examples {(step - 1) * self.config.data.batch_size} to "
                 f"{step * self.config.data.batch_size - 1} of the run); parameters are those before them. Lower the "
                 "learning rate, clip gradients (config.optimizer.clip_norm), or look at these examples"
             )
@@ -216,7 +220,7 @@ class _Run:
         self.checkpointer.wait()
         if self.evaluators and not self._evaluated():
             self._evaluate()
-        self.console.message(f"done: {self.config.train.steps} steps; {self.loader.bad_records} unusable records replaced")
+        self.console.message(f"done: {self.step} steps; {self.loader.bad_records} unusable records replaced")
         return 0
 
     def _evaluated(self) -> bool:
@@ -274,4 +278,3 @@ def claim_workdir(workdir: str, config: Config, is_primary: bool) -> None:
     if is_primary:
         os.makedirs(workdir, exist_ok=True)
         write_json(path, to_json(config))
-

@@ -240,7 +240,6 @@ def children(session):
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGABRT, None])
 def test_workers_do_not_outlive_their_parent(tmp_path, end):
     """Killed at once, aborted, or ended without closing its loader."""

@@ -3,10 +3,10 @@ import gzip
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
 
 from vlm_jax import schema
 from vlm_jax.data import bpe, sentencepieces
@@ -34,11 +34,13 @@ NASTY = [
 
 @pytest.fixture(scope="module")
 def clip():
-    try:
-        bpe.find_merges_file()
-    except ConfigError:
-        pytest.fail("the golden ids need open_clip_torch's merges file: install the extra `parity`")
-    return build_tokenizer(ClipBpeConfig(), None)
+    """CLIP's tokenizer as far as the golden texts go: their merges at their ranks, the others replaced by fillers."""
+    merges = [(f"filler{rank}", "x") for rank in range(bpe.MAX_MERGES)]
+    for line in (Path(__file__).parent / "clip_merges_subset.txt").read_text("utf-8").splitlines():
+        if not line.startswith("#"):
+            rank, left, right = line.split()
+            merges[int(rank)] = (left, right)
+    return Tokenizer(ClipBpeConfig(), bpe.ClipBpe(merges))
 
 
 @pytest.fixture(scope="module")
@@ -102,25 +104,6 @@ def test_pieces_are_those_of_clips_pattern(text, expected):
     assert bpe.split_pieces(text) == expected
 
 
-def test_pieces_equal_the_regex_package_on_random_texts():
-    pattern = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-    rng = np.random.default_rng(0)
-    alphabet = [
-        chr(c)
-        for c in (
-            *range(32, 127),
-            *range(0xA0, 0x250),
-            *range(0x400, 0x460),
-            *range(0x4E00, 0x4E20),
-            *range(0x660, 0x66A),
-        )
-    ]
-    alphabet += list("'''''stremlvd    ")
-    for _ in range(2000):
-        text = "".join(alphabet[i] for i in rng.integers(len(alphabet), size=30))
-        assert bpe.split_pieces(text) == pattern.findall(text)
-
-
 def test_own_merges_apply_in_rank_order(merges_file):
     tokenizer = build_tokenizer(ClipBpeConfig(path=merges_file, length=8), None)
     assert tokenizer.vocab_size == 512 + 5 + 2
@@ -132,7 +115,7 @@ def test_own_merges_apply_in_rank_order(merges_file):
 
 
 def test_merges_files_gzip_plain_and_broken(tmp_path, merges_file):
-    plain = open(merges_file, "rb").read()
+    plain = Path(merges_file).read_bytes()
     packed = tmp_path / "merges.txt.gz"
     packed.write_bytes(gzip.compress(plain))
     assert bpe.load_clip_bpe(str(packed), False).merges == bpe.load_clip_bpe(merges_file, False).merges
@@ -244,7 +227,7 @@ def test_given_model_file(tmp_path, pieces):
     path.write_bytes(base64.b64decode(pieces.state()["model"]))
     tokenizer = build_tokenizer(SentencePieceConfig(path=str(path), length=24), None)
     np.testing.assert_array_equal(tokenizer(CAPTIONS), pieces(CAPTIONS))
-    with pytest.raises(ConfigError, match="start token|bos"):
+    with pytest.raises(ConfigError, match="bos asks for a token"):
         build_tokenizer(SentencePieceConfig(path=str(path), bos=True), None)
     path.write_bytes(b"no model")
     with pytest.raises(ConfigError, match="not a SentencePiece model"):

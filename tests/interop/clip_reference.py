@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-IMAGE = {"width": 32, "depth": 3, "heads": 4, "mlp_dim": 128, "image_size": 32, "patch_size": 8}
-TEXT = {"width": 24, "depth": 2, "heads": 3, "mlp_dim": 96, "vocab_size": 60, "length": 10}
+IMAGE = {"width": 24, "depth": 2, "heads": 3, "mlp_dim": 96, "image_size": 24, "patch_size": 8}
+TEXT = {"width": 16, "depth": 3, "heads": 2, "mlp_dim": 64, "vocab_size": 60, "length": 10}
 EMBED_DIM = 16
 EOS_ID = 59
 

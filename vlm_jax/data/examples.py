@@ -53,6 +53,8 @@ class ClipExamples:
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
         """One row; raises `BadRecord`."""
         texts = record["texts"]
+        if not texts:
+            raise BadRecord(record["where"], record["key"], "it has no caption")
         chosen = texts[rng.integers(len(texts))] if rng is not None else texts[0]
         return {"image": self.views(record, rng), "text": self.tokenizer([chosen])[0]}
 

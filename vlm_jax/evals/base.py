@@ -4,7 +4,7 @@ No evaluation is here (`zero_shot`, `retrieval` are), and nothing that decides w
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -34,7 +34,7 @@ class Encoder(Protocol):
         """Texts -> int32 [n, L]."""
         ...
 
-    def image_batches(self, source: Source) -> Iterator[Mapping[str, jax.Array]]:
+    def image_batches(self, source: Source) -> Iterable[Mapping[str, jax.Array]]:
         """Every usable record of a source once, in order, as global batches of `batch_size` rows.
 
         Keys: `image`; `index` int32 [B], the record's position in the source; `mask` bool [B], False for a row that is
@@ -42,7 +42,7 @@ class Encoder(Protocol):
         """
         ...
 
-    def labelled_batches(self, source: Source) -> Iterator[Mapping[str, jax.Array]]:
+    def labelled_batches(self, source: Source) -> Iterable[Mapping[str, jax.Array]]:
         """As `image_batches`, with `label` int32 [B]; records without a label can't be used."""
         ...
 

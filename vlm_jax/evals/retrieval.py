@@ -30,6 +30,9 @@ class RetrievalConfig(EvalConfig):
 
     # Only the first this many captions of an image (5 is usual for COCO and Flickr30k); 0 = all.
     captions_per_image: int = 5
+    # Images with the same captions answer each other's queries: for data in which a caption names a class (digits).
+    # The published protocols of COCO and Flickr30k don't.
+    shared_captions: bool = False
     # Queries in the picture's best half, and as many in its worst half; 0 = no picture.
     pictured: int = 4
 
@@ -65,13 +68,14 @@ class RetrievalEvaluator:
         """
         images_NxE, index_N = encode_images(self._encoder, params, self._source, self._config.name)
         captions, owner_M = self._captions(index_N)
+        group_N = _caption_groups(captions, owner_M) if self._config.shared_captions else np.arange(len(index_N))
         texts_MxE = np.concatenate(list(encode_texts(self._encoder, params, self._encoder.tokenize(captions))))
-        embedded = _Embedded(images_NxE, index_N, texts_MxE, captions, owner_M)
-        ids_N = np.arange(len(images_NxE), dtype=np.int32)
+        embedded = _Embedded(images_NxE, index_N, texts_MxE, captions, owner_M, group_N)
+        owner_ids_M = group_N[owner_M]
         rank = functools.partial(positive_ranks, batch_size=self._encoder.batch_size, shard=self._encoder.shard)
-        text_ranks_M = rank(texts_MxE, owner_M, images_NxE, ids_N)
+        text_ranks_M = rank(texts_MxE, owner_ids_M, images_NxE, group_N)
         prefix = f"retrieval/{self._config.name}/"
-        ranks = {"image_to_text": rank(images_NxE, ids_N, texts_MxE, owner_M), "text_to_image": text_ranks_M}
+        ranks = {"image_to_text": rank(images_NxE, group_N, texts_MxE, owner_ids_M), "text_to_image": text_ranks_M}
         metrics = {f"{prefix}{way}_{key}": value for way, r in ranks.items() for key, value in recall(r).items()}
         metrics |= {f"{prefix}images": float(len(images_NxE)), f"{prefix}texts": float(len(texts_MxE))}
         if not self._config.pictured or jax.process_index() != 0:
@@ -108,7 +112,8 @@ class RetrievalEvaluator:
 
         def candidate(row: int) -> pictures.Candidate:
             image = decode(self._source[int(embedded.index_N[row])]["image"])
-            return pictures.Candidate(image, float(scores_N[row]), is_own=row == own)
+            is_own = bool(embedded.group_N[row] == embedded.group_N[own])
+            return pictures.Candidate(image, float(scores_N[row]), is_own=is_own)
 
         nearest = np.argsort(-scores_N, kind="stable")[: pictures.CANDIDATES]
         found = tuple(candidate(int(row)) for row in nearest)
@@ -117,13 +122,26 @@ class RetrievalEvaluator:
 
 @dataclasses.dataclass(frozen=True)
 class _Embedded:
-    """N images and M captions of a source; `index_N` are the images' records, `owner_M` the captions' image rows."""
+    """N images and M captions of a source; `index_N` are the images' records, `owner_M` the captions' image rows.
+
+    Images of one `group_N` are right answers to each other's captions; without shared captions each is its own group.
+    """
 
     images_NxE: np.ndarray  # noqa: N815
     index_N: np.ndarray  # noqa: N815
     texts_MxE: np.ndarray  # noqa: N815
     captions: list[str]
     owner_M: np.ndarray  # noqa: N815
+    group_N: np.ndarray  # noqa: N815
+
+
+def _caption_groups(captions: list[str], owner_M: np.ndarray) -> np.ndarray:
+    """int32 [N], equal for images whose lists of captions are equal."""
+    texts: list[list[str]] = [[] for _ in range(int(owner_M.max()) + 1)]
+    for caption, row in zip(captions, owner_M, strict=True):
+        texts[row].append(caption)
+    groups: dict[tuple[str, ...], int] = {}
+    return np.asarray([groups.setdefault(tuple(own), len(groups)) for own in texts], np.int32)
 
 
 def positive_ranks(

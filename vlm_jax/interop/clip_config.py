@@ -50,6 +50,11 @@ def import_config(
         raise ConversionError(f"the activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     read = _from_hf if family == "hf" else _from_open_clip
     image, text = (_sizes(tensors, tower, family) for tower in ("image", "text"))
+    if settings is None and any(tower["width"] % 64 or tower["width"] > 1024 for tower in (image, text)):
+        raise ConversionError(
+            f"no config file says how many heads towers of width {image['width']} and {text['width']} have, and only "
+            "OpenAI's widths imply 64 channels a head; put config.json or open_clip_config.json beside the weights"
+        )
     image_settings, text_settings = ({}, {}) if settings is None else read(settings, image["width"])
     image |= _without_activation(image_settings, activation) | _image_sizes(tensors, family, image_settings)
     text |= _without_activation(text_settings, activation)

@@ -105,7 +105,9 @@ def _gather(
         own_b = own_logits(image_bxD, text_bxD, scale)
         row_lse_b = jax.nn.logsumexp(logits_bxB, axis=1)
         maximum_B = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_bxB, axis=0)), axes)
-        column_lse_B = maximum_B + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits_bxB - maximum_B), axis=0), axes))
+        column_lse_B = maximum_B + jnp.log(
+            jax.lax.psum(jnp.sum(jnp.exp(logits_bxB - maximum_B[None, :]), axis=0), axes)
+        )
         start = jax.lax.axis_index(axes) * own_b.shape[0]
         column_lse_b = jax.lax.dynamic_slice_in_dim(column_lse_B, start, own_b.shape[0])
         losses_b = jax.nn.softplus(row_lse_b - own_b) + jax.nn.softplus(column_lse_b - own_b)

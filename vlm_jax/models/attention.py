@@ -37,7 +37,7 @@ def attend(
         q_BxTxHxD: queries.
         k_BxSxHxD: keys.
         v_BxSxHxD: values.
-        bias: added to the logits; broadcasts to [B, H, T, S].
+        bias: added to the logits; 4 axes that broadcast to [B, H, T, S].
         mask: bool, True where attention is allowed; 4 axes that broadcast to [B, H, T, S].
         causal: whether query t sees keys 0..t only.
         impl: the kernel. "auto" takes cuDNN on GPU and Pallas on TPU where they apply and pay, XLA elsewhere.
@@ -86,7 +86,7 @@ def _attend_xla(
         logits_BxHxTxS = jnp.where(mask, logits_BxHxTxS, MASKED)
     if causal:
         triangle_TxS = jnp.tril(jnp.ones(logits_BxHxTxS.shape[-2:], bool))
-        logits_BxHxTxS = jnp.where(triangle_TxS, logits_BxHxTxS, MASKED)
+        logits_BxHxTxS = jnp.where(triangle_TxS[None, None], logits_BxHxTxS, MASKED)
     weights_BxHxTxS = jax.nn.softmax(logits_BxHxTxS, axis=-1).astype(v_BxSxHxD.dtype)
     return jnp.einsum("BHTS,BSHD->BTHD", weights_BxHxTxS, v_BxSxHxD)
 

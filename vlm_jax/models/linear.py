@@ -42,5 +42,5 @@ class Linear(nn.Module):
         y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=self.contracted)
         if self.use_bias:
             bias = weight(self, "bias", self.bias_init, self.names[self.contracted :], self.features)
-            y = y + bias.astype(self.dtype)
+            y = y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
         return y

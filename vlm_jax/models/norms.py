@@ -29,4 +29,6 @@ class LayerNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         centred = x32 - x32.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
+        normed = centred * jax.lax.rsqrt(variance + self.eps)
+        scale, bias = jnp.broadcast_to(scale, x.shape), jnp.broadcast_to(bias, x.shape)
+        return (normed * scale + bias).astype(x.dtype)

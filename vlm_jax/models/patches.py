@@ -52,5 +52,5 @@ class PatchEmbed(nn.Module):
         x = patches @ kernel.reshape(fan_in, self.width).astype(self.dtype)
         if self.use_bias:
             bias = weight(self, "bias", self.initializers.patch_bias(fan_in), ("embed",), (self.width,))
-            x = x + bias.astype(self.dtype)
+            x = x + jnp.broadcast_to(bias.astype(self.dtype), x.shape)
         return x

@@ -4,6 +4,8 @@ other than the causal one, nor for additive biases: those go to XLA.
 On other platforms the kernel runs interpreted, which is for tests only.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +90,7 @@ def _local(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array, causal
         block_sizes=_block_sizes(padded_q, padded_k),
         interpret=interpret,
     )
-    out_BxHxTxD: jax.Array = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), segments)
+    out_BxHxTxD: Any = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (q, k, v)), segments)
     return out_BxHxTxD.swapaxes(1, 2)[:, :queries].astype(q.dtype)
 
 

@@ -103,7 +103,8 @@ class Block(nn.Module):
         config = self.config
         if config.layer_scale_init is not None:
             init = constant(config.layer_scale_init)
-            branch = branch * weight(self, scale, init, (None,), (config.width,)).astype(branch.dtype)
+            factor = weight(self, scale, init, (None,), (config.width,)).astype(branch.dtype)
+            branch = branch * jnp.broadcast_to(factor, branch.shape)
         branch = dropout(branch, config.dropout, fold_in(keys, 0))
         if config.drop_path > 0:
             branch = drop_path(branch, rate, fold_in(keys, 1))

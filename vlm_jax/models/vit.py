@@ -131,7 +131,7 @@ class ViT(nn.Module):
         x = constrain(patch_embed(images), "batch", "length", "embed")
         class_positions = int(config.class_token)
         positions = self._positions(init, class_positions)
-        x = drop_patches(x + positions[class_positions:], config.patch_dropout, keys)
+        x = drop_patches(x + positions[None, class_positions:], config.patch_dropout, keys)
         prefix = []
         if config.class_token:
             token = weight(self, "class_token", init.class_token, ("embed",), (config.width,))

@@ -37,7 +37,8 @@ class ClipConfig(ObjectiveConfig):
         if not 0 <= self.model.logit_scale_init <= math.log(max(self.max_scale, 1.0)):
             yield (
                 "model.logit_scale_init",
-                f"= {self.model.logit_scale_init:.4g} lies outside of [0, ln max_scale = {math.log(self.max_scale):.4g}]",
+                f"= {self.model.logit_scale_init:.4g} lies outside of [0, ln max_scale]; ln {self.max_scale:.6g} = "
+                f"{math.log(max(self.max_scale, 1.0)):.4g}",
             )
         height, width = self.model.image.image_shape
         if height != width:
@@ -85,7 +86,7 @@ class ClipConfig(ObjectiveConfig):
         if text.pool == "eot_argmax" and tokenizer.eos_id != tokenizer.vocab_size - 1:
             raise ConfigError(
                 f"{where}.pool = 'eot_argmax' takes the largest id for the end of the text, but this tokenizer's end "
-                f"token is {tokenizer.eos_id} of {tokenizer.vocab_size}; use pool = 'first_eos' with eos_id = {tokenizer.eos_id}"
+                f"token is {tokenizer.eos_id} of {tokenizer.vocab_size}; use pool = 'first_eos' with that eos_id"
             )
         if text.mask_padding and text.pad_id != tokenizer.pad_id:
             raise ConfigError(f"{where}.pad_id = {text.pad_id} must be the tokenizer's padding {tokenizer.pad_id}")
@@ -139,7 +140,7 @@ class Clip(ModelObjective):
         return (total, count), Aux({"logit_scale": (scale, jnp.ones(())), "positive_cosine": cosine})
 
     def constrain(self, params: Any) -> Any:
-        """The scale back into [1, max_scale], after the update: clipped inside the loss its gradient would die there."""
+        """The scale back into [1, max_scale], after the update: clipped in the loss its gradient would die there."""
         limit = math.log(self.config.max_scale)
         return params | {"logit_scale": jnp.clip(params["logit_scale"], 0.0, limit)}
 

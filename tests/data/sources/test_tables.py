@@ -48,7 +48,7 @@ def test_jsonl_rows(folder, ending, tail):
         ('{"image": "pictures/a.png"}', "no 'caption'"),
         ('{"caption": "x"}', "names no image under 'image'"),
         (row(caption=""), "caption is empty"),
-        (row(caption="\ud800".encode("utf-16", "surrogatepass").decode("utf-16", "ignore") or " "), "caption is empty"),
+        (row(caption=[" ", ""]), "caption is empty"),
         (row("pictures/none.png"), "its image 'pictures/none.png' can't be read: No such file"),
         (row("pictures"), "Is a directory"),
     ],
@@ -131,10 +131,10 @@ def test_missing_and_empty_tables(folder, config):
         config(path=str(folder / "none")).build("")
     empty = folder / "empty"
     empty.write_text("")
-    with pytest.raises(ConfigError, match="no line|no column"):
+    with pytest.raises(ConfigError, match=r"no line|no column"):
         config(path=str(empty)).build("")
     empty.write_text("image,caption\n")
-    with pytest.raises(ConfigError, match="no row|no JSON"):
+    with pytest.raises(ConfigError, match=r"no row|no JSON"):
         config(path=str(empty)).build("")
 
 

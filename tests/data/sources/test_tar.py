@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_kinds_of_members(tmp_path):
     source = TarConfig(path=write_shard(tmp_path / "a.tar", members), class_names=("cat", "dog")).build("")
     assert source.class_names == ("cat", "dog")
     assert len(source) == 4
-    with pytest.raises(BadRecord, match="sub/a of .*a.tar can't be used: it has no image"):
+    with pytest.raises(BadRecord, match=r"sub/a of .*a\.tar can't be used: it has no image"):
         source[0]
     assert source[1] == {"image": b"J", "texts": ("x", "y"), "key": "sub/one", "where": str(tmp_path / "a.tar")}
     assert (source[2]["label"], source[2]["texts"]) == (1, ())
@@ -187,7 +188,7 @@ def test_index_goes_to_the_cache_folder_where_the_shard_is_read_only(tmp_path, m
 def test_shard_cut_anywhere_keeps_the_records_before(tmp_path, caplog):
     """Cut at every 100 bytes: whole records stay readable, at most one is unusable, and the shard is named."""
     whole = write_shard(tmp_path / "whole.tar", pairs(0, 4))
-    data = open(whole, "rb").read()
+    data = Path(whole).read_bytes()
     size = data.rstrip(b"\0")
     ends = [4 * 512 * (n + 1) for n in range(4)]  # two headers and two blocks a record
     for cut in range(100, len(size) + 100, 100):

@@ -1,0 +1,58 @@
+"""Command line of import and export: flags, errors as sentences, exit codes. The work is done in `commands`.
+
+python -m vlm_jax.interop import --from=FILE_OR_DIR --to=DIR [--family=hf|open_clip] [--activation=quick_gelu]
+                                 [--tokenizer=FILE] [--allow_unexpected]
+python -m vlm_jax.interop export --from=CHECKPOINT --to=DIR --family=hf|open_clip [--dtype=float16]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vlm_jax.checkpoint_format import CheckpointError
+from vlm_jax.interop.clip import ConversionError
+from vlm_jax.interop.commands import FAMILIES, export_weights, import_weights
+from vlm_jax.interop.files import WeightsError
+from vlm_jax.models.mlp import ACTIVATIONS
+from vlm_jax.schema import ConfigError
+
+EXIT_BAD_INPUT = 2
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlm_jax.interop", description="Imports and exports public weights."
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    importer = actions.add_parser("import", allow_abbrev=False, help="weights of another library to a checkpoint")
+    exporter = actions.add_parser("export", allow_abbrev=False, help="a checkpoint to files of another library")
+    for action, source in (
+        (importer, "file of weights, or directory with one and its config files"),
+        (exporter, "workdir, step directory or imported checkpoint"),
+    ):
+        action.add_argument("--from", dest="source", type=Path, required=True, help=source)
+        action.add_argument("--to", dest="target", type=Path, required=True, help="directory to write")
+    importer.add_argument("--family", choices=FAMILIES, help="whose names the weights carry (default: found out)")
+    importer.add_argument("--activation", choices=list(ACTIVATIONS), help="where no config file tells it")
+    importer.add_argument("--tokenizer", default="", help="merges file of CLIP's BPE, or a SentencePiece *.model")
+    importer.add_argument("--allow_unexpected", action="store_true", help="pass over names without a place")
+    exporter.add_argument("--family", choices=FAMILIES, required=True, help="whose files to write")
+    exporter.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the stored weights")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program; returns the exit code, 2 for input that can't be used."""
+    flags = vars(parse(sys.argv[1:] if arguments is None else arguments))
+    run = {"import": import_weights, "export": export_weights}[flags.pop("action")]
+    try:
+        print(run(flags.pop("source"), flags.pop("target"), **flags))
+    except (ConversionError, WeightsError, ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
