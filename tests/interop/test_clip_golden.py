@@ -71,4 +71,4 @@ def test_every_weight_has_its_place(golden: Golden):
     assert exported.keys() == golden.weights.keys()
     for name, value in golden.weights.items():
         np.testing.assert_array_equal(exported[name], value, strict=True)
-    assert len(flatten_dict(golden.params)) == 42
+    assert len(flatten_dict(golden.params)) == 46  # 16 a stack of blocks, 8 and 5 around them, the scale

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from vlm_jax import schema
 from vlm_jax.interop import files
-from vlm_jax.interop.clip import canonical_names, detect_family, from_params, to_params
+from vlm_jax.interop.clip import ConversionError, canonical_names, detect_family, from_params, to_params
 from vlm_jax.interop.clip_config import export_config, import_config
 from vlm_jax.losses.contrastive import info_nce
 from vlm_jax.models.two_tower import TwoTower
@@ -167,3 +167,52 @@ def test_bfloat16_towers_stay_close(peer: Peer):
     for name, expected in zip(("image_features", "text_features"), peer.expected, strict=False):
         assert outputs[name].dtype == jnp.float32
         assert (np.asarray(outputs[name]) * expected).sum(-1).min() > 0.999
+
+
+def test_pickles_of_training_runs_are_unwrapped(tmp_path, peer: Peer):
+    state = {f"module.{name}": torch.from_numpy(value) for name, value in peer.tensors.items()}
+    torch.save({"epoch": 3, "state_dict": state | {"module.attn_mask": torch.zeros(2, 2)}}, tmp_path / "epoch_3.pt")
+    weights = files.read_weights(tmp_path / "epoch_3.pt")
+    assert not weights.torchscript
+    tensors = canonical_names(weights.tensors)
+    assert tensors.keys() == peer.tensors.keys()
+    jax.tree.map(np.testing.assert_array_equal, to_params(tensors, peer.config, peer.family), peer.params)
+
+
+def test_torchscript_archives_are_openais(tmp_path):
+    class Archive(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit_scale = torch.nn.Parameter(torch.tensor(2.5).half())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.logit_scale
+
+    torch.jit.script(Archive()).save(tmp_path / "ViT.pt")
+    weights = files.read_weights(tmp_path / "ViT.pt")
+    assert weights.torchscript
+    assert weights.tensors["logit_scale"].dtype == np.float16
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (print, ("this must not run",))
+
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(files.WeightsError, match="evil.pt"):
+        files.read_weights(tmp_path / "evil.pt")
+
+
+def test_custom_text_towers_prefix_is_removed(peer: Peer):
+    if peer.family == "open_clip":
+        renamed = {
+            name if name.startswith(("visual.", "logit_scale")) else f"text.{name}": value
+            for name, value in peer.tensors.items()
+        }
+        assert canonical_names(renamed).keys() == peer.tensors.keys()
+
+
+def test_towers_of_unusual_width_need_their_config_file(peer: Peer):
+    with pytest.raises(ConversionError, match="no config file says how many heads"):
+        import_config(peer.tensors, peer.family, None, "gelu")

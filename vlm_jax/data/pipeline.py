@@ -181,9 +181,7 @@ class _Stream:
 
 def _next_batch(iterator: Iterator[HostBatch], layout: _Layout) -> tuple[Batch, list[Failure]]:
     host, failures = next(iterator)
-    # What a worker made lies in shared memory, which must not live as long as the arrays on a CPU that alias it.
-    owned = {key: value if value.flags.owndata else value.copy() for key, value in host.items()}
-    return layout.to_global(owned), failures
+    return layout.to_global(host), failures
 
 
 def _close(thread: ThreadPoolExecutor, iterator: list[Any], pending: collections.deque[Future[Any]]) -> None:

@@ -141,6 +141,9 @@ def host_batches(make_row: TrainRows | EvalRows, schedule: Schedule, prefetch: i
         return dataset
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its own flags; without absl.app (pytest, notebooks) it would raise
+    # Batches come through pipes: shared memory is left behind when a process dies, and containers have little of it.
+    piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    dataset = grain.experimental.WithOptionsIterDataset(dataset, piped)
     options = grain.MultiprocessingOptions(num_workers=schedule.workers, per_worker_buffer_size=prefetch)
     return dataset.mp_prefetch(options, worker_init_fn=functools.partial(_die_with_parent, os.getpid()))
 

@@ -5,6 +5,7 @@ PyTorch is needed for pickles alone, and they are read without running any code 
 
 import dataclasses
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,11 +124,21 @@ def _read_pickle(file: Path) -> tuple[dict[str, np.ndarray], bool]:
         loaded = torch.jit.load(file, map_location="cpu").state_dict()
         torchscript = True
     except RuntimeError:  # not an archive of TorchScript
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        loaded = _load_plain_pickle(file, torch)
     for wrapper in ("state_dict", "model"):
         loaded = loaded[wrapper] if isinstance(loaded.get(wrapper), Mapping) else loaded
     tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
     return {name: _to_numpy(value.detach().contiguous(), torch) for name, value in tensors.items()}, torchscript
+
+
+def _load_plain_pickle(file: Path, torch: Any) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(
+            f"{file} is damaged or holds more than weights, which is not read because a pickle can run code; "
+            f"save its state_dict alone: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
