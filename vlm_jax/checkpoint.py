@@ -27,10 +27,10 @@ from vlm_jax.checkpoint_format import (
     check_matches,
     find_step,
     manifest_of,
-    params_root,
     read_arrays,
     read_meta,
     seal,
+    stored_params,
     to_nested,
 )
 from vlm_jax.digest import flatten_paths
@@ -283,17 +283,17 @@ def read_params(
     try:
         meta = read_meta(directory)
         manifest = meta["manifest"]
-        root = params_root(directory, manifest, prefer)
-        saved = {path.removeprefix(root): entry for path, entry in manifest.items() if path.startswith(root)}
-        placements = _by_path(shardings, saved)
+        stored = stored_params(directory, manifest, prefer)
+        placements = _by_path(shardings, stored)
+        entries = {name: manifest[path] for name, path in stored.items()}
         wanted = {
-            root + path: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=placements[path])
-            for path, entry in saved.items()
+            stored[name]: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=placements[name])
+            for name, entry in entries.items()
         }
         flat = read_arrays(directory, manifest, wanted)
     except DamagedStepError as error:
         raise DamagedStepError(f"{error}; give another step of {directory.parent}") from error
-    return to_nested({path.removeprefix(root): leaf for path, leaf in flat.items()}), meta
+    return to_nested({name: flat[path] for name, path in stored.items()}), meta
 
 
 def read_checkpoint_meta(path: epath.PathLike) -> dict[str, Any]:

@@ -204,13 +204,19 @@ def find_step(path: epath.PathLike) -> epath.Path:
     )
 
 
-def params_root(step_directory: epath.Path, manifest: Mapping[str, Any], prefer: Literal["ema", "params"]) -> str:
-    """The prefix of the paths of the parameters to read: `ema/` where preferred and present, else `params/`.
+def stored_params(
+    step_directory: epath.Path, manifest: Mapping[str, Any], prefer: Literal["ema", "params"]
+) -> dict[str, str]:
+    """Path of each parameter -> path of the array to read for it.
+
+    `ema/...` where preferred and present, else `params/...`: parameters that a run froze have no average.
 
     Raises:
         CheckpointError: the checkpoint holds no parameters.
     """
-    for root in (f"{prefer}/", "params/"):
-        if any(path.startswith(root) for path in manifest):
-            return root
-    raise CheckpointError(f"{step_directory} holds no parameters, only: {', '.join(sorted(manifest)) or 'nothing'}")
+    paths = {path.removeprefix("params/"): path for path in manifest if path.startswith("params/")}
+    if not paths:
+        raise CheckpointError(f"{step_directory} holds no parameters, only: {', '.join(sorted(manifest)) or 'nothing'}")
+    if prefer == "params":
+        return paths
+    return {name: f"ema/{name}" if f"ema/{name}" in manifest else path for name, path in paths.items()}

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 
 from vlm_jax.assemble import build_evaluators, index_directory
-from vlm_jax.checkpoint import read_params
-from vlm_jax.checkpoint_format import find_step, read_meta
+from vlm_jax.checkpoint import read_checkpoint_meta, read_params
 from vlm_jax.config import Config, from_json
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.evals.base import Evaluator
@@ -44,8 +43,7 @@ def evaluate_checkpoint(
         ConfigError: the config names no evaluation, or asks for what the checkpoint's model can't do.
         CheckpointError: no usable checkpoint there.
     """
-    step_directory = find_step(checkpoint)
-    meta = read_meta(step_directory)
+    meta = read_checkpoint_meta(checkpoint)
     saved = from_json(meta["config"])
     if config is not None:
         saved = override(saved, {"evals": config.evals})
@@ -57,7 +55,7 @@ def evaluate_checkpoint(
     tokenizer = Tokenizer.from_state(meta["tokenizer"])
     boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     with jax.set_mesh(mesh):
-        params, _ = read_params(step_directory, shardings=shardings(boxed, mesh))
+        params, _ = read_params(checkpoint, shardings=shardings(boxed, mesh))
         writer = MetricWriter(workdir, is_primary=jax.process_index() == 0)
         evaluators = build_evaluators(saved, objective, tokenizer, mesh, index_directory(workdir))
         metrics = evaluate([evaluator for _, evaluator in evaluators], unbox(params), int(meta.get("step", 0)), writer)

@@ -9,8 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from vlm_jax.checkpoint import read_params
-from vlm_jax.checkpoint_format import find_step, read_meta
+from vlm_jax.checkpoint import read_checkpoint_meta, read_params
 from vlm_jax.config import Config, from_json
 from vlm_jax.data import images
 from vlm_jax.data.text import Tokenizer
@@ -100,13 +99,12 @@ def load(path: str | os.PathLike[str], mesh: Mesh | None = None) -> Model:
     Raises:
         CheckpointError: there is no usable checkpoint.
     """
-    directory = find_step(path)
-    meta = read_meta(directory)
+    meta = read_checkpoint_meta(path)
     config = from_json(meta["config"])
     objective = config.objective.build(config.data.preprocess, config.compute_dtype())
     placement = None
     if mesh is not None:
         placement = shardings(jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), mesh)
-    params, _ = read_params(directory, shardings=placement)
+    params, _ = read_params(path, shardings=placement)
     tokenizer = None if meta["tokenizer"] is None else Tokenizer.from_state(meta["tokenizer"])
     return Model(objective, params, config, tokenizer, int(meta.get("step", 0)))

@@ -138,7 +138,7 @@ def _first_match(rules: Sequence[Part], path: str) -> Part:
         if re.fullmatch(part.pattern, path):
             return part
     known = ", ".join(f"{part.name} ({part.pattern})" for part in rules)
-    raise ConfigError(f"config.parts covers no rule for the parameter {path}; the rules are {known}; add one for it")
+    raise ConfigError(f"config.parts holds no rule for the parameter {path}; the rules are {known}; add one for it")
 
 
 def _check(rules: Sequence[Part], part_of: Mapping[str, Part]) -> None:

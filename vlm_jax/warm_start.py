@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax import orbax_noise
-from vlm_jax.checkpoint_format import find_step, params_root, read_arrays, read_meta
+from vlm_jax.checkpoint_format import find_step, read_arrays, read_meta, stored_params
 from vlm_jax.digest import flatten_paths
 from vlm_jax.models.position import resize_1d, resize_grid
 from vlm_jax.schema import ConfigError
@@ -70,8 +70,8 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
     ours, treedef = flatten_paths(params), jax.tree.structure(params)
     directory = find_step(init_from.path)
     meta = read_meta(directory)
-    root = params_root(directory, meta["manifest"], init_from.weights)
-    source = {p.removeprefix(root): entry for p, entry in meta["manifest"].items() if p.startswith(root)}
+    stored = stored_params(directory, meta["manifest"], init_from.weights)
+    source = {name: meta["manifest"][path] for name, path in stored.items()}
     sources, problems = _match(init_from, list(ours), list(source))
     resizes = {}
     for path, source_path in sources.items():
@@ -92,11 +92,11 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
     for path, source_path in sources.items():
         entry, sharding = source[source_path], ours[path].sharding
         sharding = _replicated(sharding) if path in resizes else sharding
-        wanted[root + source_path] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
+        wanted[stored[source_path]] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
     arrays = read_arrays(directory, meta["manifest"], wanted)
     new = dict(ours)
     for path, source_path in sources.items():
-        array = arrays[root + source_path]
+        array = arrays[stored[source_path]]
         if path in resizes:
             array = resizes[path](np.asarray(array))
         new[path] = jax.device_put(array.astype(ours[path].dtype), ours[path].sharding)

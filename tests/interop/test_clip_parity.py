@@ -200,7 +200,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
             return (print, ("this must not run",))
 
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(files.WeightsError, match="evil.pt"):
+    with pytest.raises(files.WeightsError, match=r"evil\.pt"):
         files.read_weights(tmp_path / "evil.pt")
 
 

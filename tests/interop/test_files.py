@@ -25,7 +25,7 @@ def test_bfloat16_is_read_from_its_bits(tmp_path):
 
 
 def test_shards_are_put_together_and_a_missing_one_is_named(tmp_path):
-    first, second = {"a": np.arange(6.0).reshape(2, 3)}, {"b": np.float32(2).reshape(())}
+    first, second = {"a": np.arange(6.0).reshape(2, 3)}, {"b": np.array(2, np.float32)}
     save_file(first, tmp_path / "model-1.safetensors")
     save_file(second, tmp_path / "model-2.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
@@ -39,7 +39,7 @@ def test_shards_are_put_together_and_a_missing_one_is_named(tmp_path):
 
 
 def test_written_scalars_stay_scalars_and_float16_round_trips(tmp_path):
-    values = {"scale": np.float32(2.5).reshape(()), "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T}
+    values = {"scale": np.array(2.5, np.float32), "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T}
     write_weights(tmp_path / "model.safetensors", values, "float16")
     tensors = read_weights(tmp_path / "model.safetensors").tensors
     for name, value in values.items():

@@ -158,9 +158,7 @@ class _Stream:
     def __init__(self, dataset: Iterable[HostBatch], layout: _Layout):
         self._layout = layout
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
-        # The kernel kills a worker when the *thread* that started it ends, so the iterator must be made by the one
-        # that lives as long as the loader.
-        self._iterator = [self._thread.submit(iter, dataset).result()]
+        self._iterator: list[Any] = [iter(dataset)]
         self._pending: collections.deque[Future[tuple[Batch, list[Failure]]]] = collections.deque()
         # also when the loader is dropped or the interpreter exits
         self.close = weakref.finalize(self, _close, self._thread, self._iterator, self._pending)
@@ -181,11 +179,13 @@ class _Stream:
 
 def _next_batch(iterator: Iterator[HostBatch], layout: _Layout) -> tuple[Batch, list[Failure]]:
     host, failures = next(iterator)
-    return layout.to_global(host), failures
+    # What a worker made lies in shared memory, which must not live as long as the arrays on a CPU that alias it.
+    owned = {key: value if value.flags.owndata else value.copy() for key, value in host.items()}
+    return layout.to_global(owned), failures
 
 
 def _close(thread: ThreadPoolExecutor, iterator: list[Any], pending: collections.deque[Future[Any]]) -> None:
-    """Stops the workers before the thread that started them ends, since the kernel would kill them at its end."""
+    """Waits for the batch in the making, then stops the workers and the thread."""
     wait([future for future in pending if not future.cancel()])
     pending.clear()
     iterator.pop().close()  # popped, so that no reference outlives grain's modules when the interpreter exits

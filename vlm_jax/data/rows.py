@@ -3,11 +3,10 @@
 Which rows those are, and what becomes of them on the chips, is `pipeline`'s business; nothing here needs JAX.
 """
 
-import ctypes
-import functools
+import multiprocessing
 import os
 import signal
-import sys
+import threading
 from collections.abc import Iterable, Sequence
 
 import grain
@@ -24,7 +23,6 @@ HostBatch = tuple[Example, list[Failure]]
 _MAX_ATTEMPTS = 64  # with half of all records unusable, that many failures in a row never happen
 _ENDLESS = 1 << 56
 _CHUNKS_PER_THREAD = 4
-_PR_SET_PDEATHSIG = 1
 
 
 class TrainRows:
@@ -141,18 +139,21 @@ def host_batches(make_row: TrainRows | EvalRows, schedule: Schedule, prefetch: i
         return dataset
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its own flags; without absl.app (pytest, notebooks) it would raise
-    # Batches come through pipes: shared memory is left behind when a process dies, and containers have little of it.
-    piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-    dataset = grain.experimental.WithOptionsIterDataset(dataset, piped)
     options = grain.MultiprocessingOptions(num_workers=schedule.workers, per_worker_buffer_size=prefetch)
-    return dataset.mp_prefetch(options, worker_init_fn=functools.partial(_die_with_parent, os.getpid()))
+    return dataset.mp_prefetch(options, worker_init_fn=_die_with_parent)
 
 
-def _die_with_parent(parent: int, worker: int, workers: int) -> None:
+def _die_with_parent(worker: int, workers: int) -> None:
     """Ties a worker's life to its parent's; and leaves Ctrl-C and SIGTERM, which reach the group, to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call above
-            os._exit(1)
+    # Not PR_SET_PDEATHSIG: it fires when the *thread* that started the worker ends. Grain ends that thread before it
+    # stops the workers, and one killed while it writes to its queue blocks the parent for good.
+    threading.Thread(target=_exit_after_parent, daemon=True).start()
+
+
+def _exit_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
