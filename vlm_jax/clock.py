@@ -44,12 +44,17 @@ class Clock:
         self._steps += 1
 
     def summary(self) -> dict[str, float]:
-        """`seconds_per_step` and `data_wait` (share of that) since the last summary, which starts a new interval."""
+        """`seconds_per_step` and `data_wait` (share of that) since the last summary, which starts a new interval.
+
+        Empty when no step but the first one was done since: there is nothing to take a rate of.
+        """
+        if not self._steps:
+            self._restart()
+            return {}
         outside = sum(seconds for name, seconds in self._phases.items() if name != "data")
         busy = max(self._now() - self._mark - outside, 1e-9)
-        steps = max(self._steps, 1)
         result = {
-            "seconds_per_step": busy / steps,
+            "seconds_per_step": busy / self._steps,
             "data_wait": min(self._phases.get("data", 0.0) / busy, 1.0),
         }
         self._restart()

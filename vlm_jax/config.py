@@ -4,9 +4,11 @@ A config file is Python with `get_config(variant: str) -> Config`; `--config=con
 The machinery of typed trees is `vlm_jax.schema`.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -108,23 +110,42 @@ def load_config(reference: str, overrides: Mapping[str, Any] | None = None) -> C
         ConfigError: no such file, a file that fails or returns no config, or anything that `schema` objects to.
     """
     path, _, variant = reference.partition(":")
-    config = override(config_file(Path(path))(variant), overrides or {})
+    module = config_module(Path(path))
+    with _sentences(path):
+        made = module.get_config(variant)
+    if not isinstance(made, Config):
+        raise ConfigError(f"config file {path}: get_config must return a vlm_jax.config.Config, not {made!r:.60}")
+    # Through plain data: a file that builds dataclasses by hand is then checked for types like any override.
+    config = override(schema.from_dict(Config, schema.to_dict(made)), overrides or {})
     schema.validate(config)
     return config
 
 
-def config_file(path: Path) -> Any:
-    """`get_config` of a config file; a recipe that varies another one starts from it with this."""
+@contextlib.contextmanager
+def _sentences(path: str | Path) -> Iterator[None]:
+    """A mistake in a config file's own Python as one sentence with its line."""
+    try:
+        yield
+    except (TypeError, AttributeError, NameError, ImportError, SyntaxError, KeyError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in reversed(frames) if Path(f.filename).name == Path(path).name), None)
+        where = f"{path}, line {line}" if line else str(path)
+        raise ConfigError(f"config file {where}: {type(error).__name__}: {error}") from error
+
+
+def config_module(path: Path) -> Any:
+    """A config file as a module; a recipe that varies another one starts from that one's `get_config()`."""
     if not path.is_file():
         siblings = sorted(p.as_posix() for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ConfigError(f"config file {path} does not exist; {path.parent} holds {', '.join(siblings) or 'none'}")
     spec = importlib.util.spec_from_file_location(f"vlm_jax_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _sentences(path):
+        spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config file {path} defines no get_config(variant); see configs/clip_digits.py")
-    return module.get_config
+    return module
 
 
 def variant(config: Config, name: str, variants: Mapping[str, Mapping[str, Any]]) -> Config:

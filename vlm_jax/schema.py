@@ -58,7 +58,12 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "config") -> T
 
 
 def leaves(config: Any, where: str = "config") -> Iterator[tuple[str, Any]]:
-    """Every (dotted key, value) of a config; items of a tuple of named sub-configs are keyed by their name."""
+    """Every (dotted key, value) of a config, a `Choice`'s own key with its kind.
+
+    Items of a tuple of named sub-configs are keyed by their name.
+    """
+    if isinstance(config, Choice):
+        yield where, config.kind()
     if dataclasses.is_dataclass(config):
         for field in dataclasses.fields(config):
             yield from leaves(getattr(config, field.name), f"{where}.{field.name}")
@@ -135,8 +140,9 @@ def _replace(node: Any, path: list[str], value: Any, where: str, root: Any) -> A
 
 def _unknown_key(key: str, siblings: Mapping[str, Any], where: str, name: str, root: Any) -> str:
     """A sentence with the nearest right name: a sibling, else a key elsewhere in the tree with the same last part."""
-    near = [f"{where}.{match}" for match in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
     everywhere = [path for path, _ in leaves(root)]
+    near = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.85)
+    near += [f"{where}.{match}" for match in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
     near += [path for path in everywhere if path.rsplit(".", 1)[1] == name]
     near += difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"{where} has: {', '.join(siblings)}"

@@ -185,12 +185,12 @@ class _Run:
 
     def _report(self, step: int, values: dict[str, float]) -> None:
         timing = self.clock.summary()
-        seconds = timing["seconds_per_step"]
-        timing["examples_per_second"] = self.config.data.batch_size / seconds
-        flops = self.config.objective.train_flops() * self.config.data.batch_size
-        used = mfu(flops, seconds, jax.device_count(), peak_flops(jax.devices()[0]))
-        if used is not None:
-            timing["mfu"] = used
+        if timing:
+            seconds, batch_size = timing["seconds_per_step"], self.config.data.batch_size
+            timing["examples_per_second"] = batch_size / seconds
+            flops = self.config.objective.train_flops() * batch_size
+            used = mfu(flops, seconds, jax.device_count(), peak_flops(jax.devices()[0]))
+            timing |= {} if used is None else {"mfu": used}
         values["bad_records"] = float(self.loader.bad_records)
         self.writer.scalars(step, values | {f"time/{name}": value for name, value in timing.items()})
         self.console.update(step, values | timing)

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import io
 import os
@@ -222,7 +223,10 @@ PARENT = """
         loader = TrainLoader(DigitsConfig().build(""), make, 16, 0, mesh, 0, DataConfig(workers=2))
         next(loader)
         print("ready", flush=True)
-        time.sleep(float(sys.argv[1]))
+        if sys.argv[1] == "close":
+            loader.close()
+        elif sys.argv[1] == "sleep":
+            time.sleep(60)
 """
 
 
@@ -240,22 +244,64 @@ def children(session):
     return found
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGABRT, None])
-def test_workers_do_not_outlive_their_parent(tmp_path, end):
-    """Killed at once, aborted, or ended without closing its loader."""
+@pytest.fixture
+def parent(tmp_path):
+    """Starts a process with a loader that has two workers, in a session of its own, and waits for its first batch."""
     script = tmp_path / "parent.py"
     script.write_text(textwrap.dedent(PARENT))
-    command = [sys.executable, str(script), "0" if end is None else "60"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, env=environment) as parent:
-        assert parent.stdout is not None
-        assert parent.stdout.readline() == b"ready\n"
-        if end is not None:
-            assert len(children(parent.pid)) >= 3
-            parent.send_signal(end)
-        parent.wait(30)
-        deadline = time.monotonic() + 10
-        while (left := children(parent.pid)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not left
-        assert end is not None or parent.returncode == 0
+    with contextlib.ExitStack() as stack:
+
+        def start(argument):
+            errors = stack.enter_context(open(tmp_path / "errors", "wb"))
+            process = subprocess.Popen(
+                [sys.executable, str(script), argument],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                env=environment,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            return process
+
+        yield start
+
+
+def assert_all_end(session):
+    deadline = time.monotonic() + 10
+    while (left := children(session)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGABRT])
+def test_workers_do_not_outlive_a_killed_parent(parent, end):
+    process = parent("sleep")
+    assert len(children(process.pid)) >= 3
+    process.send_signal(end)
+    process.wait(30)
+    assert_all_end(process.pid)
+
+
+@pytest.mark.parametrize("argument", ["close", "forget"])
+def test_a_run_ends_cleanly_with_or_without_close(parent, tmp_path, argument):
+    """No worker, no shared memory and no word about it is left."""
+    process = parent(argument)
+    assert process.wait(60) == 0
+    assert_all_end(process.pid)
+    assert b"leaked" not in (tmp_path / "errors").read_bytes()
+    assert b"Traceback" not in (tmp_path / "errors").read_bytes()
+
+
+def test_signals_to_the_group_leave_the_workers_to_the_parent(parent):
+    """Ctrl-C and a scheduler's SIGTERM reach all processes; the parent must still be able to save and go on."""
+    process = parent("sleep")
+    workers = set(children(process.pid)) - {process.pid}
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker, number)
+    time.sleep(1)
+    assert set(children(process.pid)) == workers | {process.pid}

@@ -118,6 +118,16 @@ def test_mean_pool_and_attention_leave_padding_out():
     np.testing.assert_allclose(outputs["pooled"][:1], short, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_only_a_bidirectional_text_tower_sees_ahead(causal):
+    config = schema.override(TEXT, {"causal": causal})
+    variables = start(TextTower(config), IDS)
+    changed = IDS.copy()
+    changed[:, -1] = 11
+    before, after = (TextTower(config).apply(variables, ids)["tokens"][:, 0] for ids in (IDS, changed))
+    assert (np.abs(before - after).max() < 1e-6) == causal
+
+
 def test_padding_with_zeros_or_end_tokens_gives_clip_the_same_embedding():
     variables = start(TextTower(TEXT), IDS)
     padded = IDS.copy()
