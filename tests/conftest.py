@@ -5,8 +5,14 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Halves the time to compile, which is most of the time of the tests.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Two programs with collectives in flight on more virtual devices than cores can wait for each other for ever.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+# A silent broadcast of [B] against [B, 1] is the classic wrong loss: it is an error in every test.
+jax.config.update("jax_numpy_rank_promotion", "raise")

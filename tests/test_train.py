@@ -112,10 +112,10 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
         patch.setattr("vlm_jax.train.StopRequest", StopAt)
         assert train_tiny(tmp_path, train__eval_every=3) == EXIT_PREEMPTED
     assert Checkpointer(tmp_path / "checkpoints", CheckpointConfig()).latest_step() == 6
-    largest = max((tmp_path / "checkpoints" / "6" / "state").rglob("*"), key=lambda p: p.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 4
-    largest.write_bytes(data)
+    for path in (tmp_path / "checkpoints" / "6" / "state" / "d").iterdir():
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
     assert train_tiny(tmp_path, train__eval_every=3) == 0
     assert "checkpoint of step 6 is damaged" in caplog.text
     tiny.assert_trees_equal(final_params(tmp_path), final_params(unbroken))

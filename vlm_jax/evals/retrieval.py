@@ -183,7 +183,7 @@ def _batch_ranks(
 ) -> jax.Array:
     # In float32 throughout: a TPU would multiply in bfloat16 and make ties where there are none.
     scores_BxG = jnp.matmul(queries_BxE, gallery_GxE.T, precision=jax.lax.Precision.HIGHEST)
-    own_BxG = query_ids_B[:, None] == gallery_ids_G
+    own_BxG = query_ids_B[:, None] == gallery_ids_G[None, :]
     best_Bx1 = jnp.max(scores_BxG, axis=-1, where=own_BxG, initial=-jnp.inf, keepdims=True)
     # "Not behind" instead of "before": comparisons with NaN are false, and must put the item before the own one.
     not_behind_BxG = ~own_BxG & ~(scores_BxG < best_Bx1)

@@ -174,6 +174,6 @@ def label_ranks(features_BxE: jax.Array, classifier_CxE: jax.Array, labels_B: ja
     # In float32 throughout: a TPU would multiply in bfloat16 and make ties where there are none.
     logits_BxC = jnp.matmul(features_BxE, classifier_CxE.T, precision=jax.lax.Precision.HIGHEST)
     own_Bx1 = jnp.take_along_axis(logits_BxC, labels_B[:, None], axis=-1, mode="clip")
-    later_BxC = jnp.arange(logits_BxC.shape[-1]) > labels_B[:, None]
+    later_BxC = jnp.arange(logits_BxC.shape[-1])[None, :] > labels_B[:, None]
     behind_BxC = (logits_BxC < own_Bx1) | ((logits_BxC == own_Bx1) & later_BxC)
     return logits_BxC.shape[-1] - 1 - jnp.sum(behind_BxC, axis=-1, dtype=jnp.int32)

@@ -85,7 +85,11 @@ class TextTower(nn.Module):
         init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim)
         table = weight(self, "token_embed", init.token, ("vocab", "embed"), (config.vocab_size, config.width))
         positions = weight(self, "pos_embed", init.position, (None, "embed"), (config.length, config.width))
-        x = table[ids_BxL].astype(self.dtype) + positions[None, :length].astype(self.dtype)
+        # Whole on every chip of the batch axes before the lookup: from a table split along its width the compiler would
+        # look up the rows of the whole batch everywhere.
+        table = constrain(table.astype(self.dtype), "vocab", "embed")
+        positions = constrain(positions.astype(self.dtype), None, "embed")
+        x = table[ids_BxL] + positions[None, :length]
         embed = x = constrain(x, "batch", "length", "embed")
         valid_BxL = ids_BxL != config.pad_id if config.mask_padding else None
         mask = None if valid_BxL is None else valid_BxL[:, None, None, :]

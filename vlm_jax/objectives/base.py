@@ -89,5 +89,5 @@ def normalise_images(images: jax.Array, preprocess: PreprocessConfig) -> jax.Arr
     """uint8 [B, H, W, 3] -> (x / 255 - mean) / std in fp32; float images are taken as normalised already."""
     if not jnp.issubdtype(images.dtype, jnp.integer):
         return images
-    mean, std = (jnp.asarray(values, jnp.float32) for values in (preprocess.mean, preprocess.std))
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (preprocess.mean, preprocess.std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
