@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 class Clock:
     """Wall time since the last report, split into phases.
 
-    A step's time is that between two moments at which results were there (`step_done`), less evaluation and saving;
-    dispatch alone is never taken for a step, so that a rate can't exceed what the chip does.
+    A step's time is that between two moments at which results were waited for, less evaluation and saving. Where a
+    result was there before the host came to look, its true moment is unknown and may be long past; the next interval
+    then starts where the host began its next step. So an interval never misses work that a chip did in it, and no
+    rate exceeds what the chip does.
 
     Args:
         now: seconds, rising; a test passes its own.
@@ -20,7 +22,11 @@ class Clock:
         self._phases: dict[str, float] = {}
         self._steps = 0
         self._seen_first = False
-        self._mark = now()
+        self._mark = self._began = self._next_mark = now()
+
+    def begin(self) -> None:
+        """The host turns to its next step, before it has the data for it."""
+        self._began = self._now()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -35,8 +41,9 @@ class Clock:
         """Whether no step was counted yet; the first one holds the compilation and is left out of all rates."""
         return not self._seen_first
 
-    def step_done(self) -> None:
-        """The results of a step are there."""
+    def step_done(self, was_ready: bool) -> None:
+        """The results of a step are read; `was_ready` if they were there before the host asked for them."""
+        self._next_mark = self._began if was_ready else self._now()
         if not self._seen_first:
             self._seen_first = True
             self._restart()
@@ -61,4 +68,4 @@ class Clock:
         return result
 
     def _restart(self) -> None:
-        self._mark, self._steps, self._phases = self._now(), 0, {}
+        self._mark, self._steps, self._phases = self._next_mark, 0, {}

@@ -55,10 +55,12 @@ def run(flags: argparse.Namespace, overrides: dict[str, str], started: float) ->
         metrics = evaluate_checkpoint(checkpoint, flags.workdir or checkpoint, dict(overrides), config)
         print("\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return 0
+    from vlm_jax.preemption import StopRequest
     from vlm_jax.train import train
 
     assert config is not None
-    return train(config, flags.workdir or os.path.join("runs", config.name), started)
+    workdir = flags.workdir or os.path.join("runs", config.name)
+    return train(config, workdir, started, StopRequest(process_ends=__name__ == "__main__"))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,9 +16,14 @@ class StopRequest:
 
     With several processes the flag is agreed on through the coordination service, so that all stop after the same
     step. Use it as a context; the old handlers come back at its end.
+
+    Args:
+        process_ends: whether the process ends with the context. The handlers then stay: a signal that comes between
+            the last save and the exit would otherwise turn "saved" into "killed".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, process_ends: bool = False) -> None:
+        self._process_ends = process_ends
         self._requested = False
         self._old: dict[signal.Signals, object] = {}
 
@@ -34,7 +39,7 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+            signal.signal(number, signal.SIG_IGN if self._process_ends else handler)  # pyright: ignore
 
     def _handle(self, number: int, _: types.FrameType | None) -> None:
         if jax.process_count() > 1:

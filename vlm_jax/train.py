@@ -35,13 +35,14 @@ class TrainingError(RuntimeError):
     """Training can't go on; the sentence says why and what to do."""
 
 
-def train(config: Config, workdir: str, started: float | None = None) -> int:
+def train(config: Config, workdir: str, started: float | None = None, stop: StopRequest | None = None) -> int:
     """Runs or continues a run to its last step.
 
     Args:
         config: the resolved config.
         workdir: its folder; made when absent.
         started: `time.time()` at the start of the process, for the time to the first step.
+        stop: what asks for an early end; None listens to SIGTERM and SIGINT while training runs.
 
     Returns:
         The exit code: 0 when the last step is done, 75 when a signal stopped it after a save.
@@ -52,7 +53,7 @@ def train(config: Config, workdir: str, started: float | None = None) -> int:
         CheckpointError, BadRecordBudgetExceeded: see there.
     """
     workdir = os.path.abspath(os.path.expanduser(workdir))
-    with StopRequest() as stop:
+    with stop or StopRequest() as stop:
         program = build_program(config)
         with jax.set_mesh(program.mesh):
             run = _Run(program, workdir, started or time.time())
@@ -126,6 +127,7 @@ class _Run:
             if stop.now(self.step):
                 self._log(pending)
                 return self._leave_early()
+            self.clock.begin()
             with self.clock.phase("data"):
                 batch: Batch = next(self.loader)
             self._profile()
@@ -166,6 +168,7 @@ class _Run:
         if pending is None:
             return
         step, metrics = pending
+        was_ready = metrics["loss"][0].is_ready()
         values = {name: mean(pair) for name, pair in host_values(metrics).items()}
         first = self.clock.first_step()
         if first:
@@ -179,7 +182,7 @@ class _Run:
             )
         if values["nonfinite_in_a_row"]:
             self.console.message(f"step {step - 1}: loss or gradients are not finite; the step changed nothing")
-        self.clock.step_done()
+        self.clock.step_done(was_ready)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             self._report(step, values)
 
