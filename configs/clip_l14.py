@@ -30,9 +30,7 @@ PAIRS, EPOCHS, BATCH = 400_000_000, 32, 32_768
 SMOKE = {
     "objective.model": TwoTowerConfig(
         image=ViTConfig(image_size=32, patch_size=8, width=64, depth=2, heads=2, mlp_dim=128),
-        text=TextConfig(
-            vocab_size=512, length=32, width=64, depth=2, heads=2, mlp_dim=128, pool="first_eos", eos_id=1
-        ),
+        text=TextConfig(vocab_size=512, length=32, width=64, depth=2, heads=2, mlp_dim=128, pool="first_eos", eos_id=1),
         embed_dim=32,
     ),
     "data.source": ShapesConfig(image_size=32, count=512),

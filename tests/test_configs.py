@@ -53,7 +53,9 @@ def test_the_step_lowers_at_full_size(name: str) -> None:
         lowered = program.step.lower(program.setup.abstract, batch)  # pyright: ignore[reportFunctionMemberAccess]
     assert "all_gather" in lowered.as_text()
     state, metrics = lowered.out_info
-    assert jax.tree.map(lambda x: x.shape, state.params) == jax.tree.map(lambda x: x.shape, program.setup.abstract.params)
+    assert jax.tree.map(lambda x: x.shape, state.params) == jax.tree.map(
+        lambda x: x.shape, program.setup.abstract.params
+    )
     assert metrics["loss"][0].shape == ()
 
 

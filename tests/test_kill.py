@@ -15,7 +15,9 @@ from vlm_jax.preemption import EXIT_PREEMPTED
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())}
+    return {
+        line["step"]: line["loss"] for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,10 @@ def test_a_signal_before_the_first_step(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_sigkill_at_any_moment(seed: int, unbroken: Path, tmp_path: Path) -> None:
-    generator, arguments = random.Random(seed), (*command.DIGITS, f"--workdir={tmp_path}", "--config.checkpoint.every=2")
+    generator, arguments = (
+        random.Random(seed),
+        (*command.DIGITS, f"--workdir={tmp_path}", "--config.checkpoint.every=2"),
+    )
     for _ in range(3):
         process = command.start(*arguments)
         time.sleep(generator.uniform(4, 16))

@@ -25,9 +25,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_has_what_it_was_trained_with(workdir: Path) -> None:
     m = vlm_jax.load(workdir)
     assert m.step == 4
-    assert m.config == tiny.config(
-        train__steps=4, train__ema_decay=0.5, mesh__data=8, parts=m.config.parts
-    )
+    assert m.config == tiny.config(train__steps=4, train__ema_decay=0.5, mesh__data=8, parts=m.config.parts)
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(m.params))
     tokens = m.tokenize(["a photo of the digit seven.", "zero"])
     assert tokens.shape == (2, 16)

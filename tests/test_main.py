@@ -54,7 +54,9 @@ def test_mistakes_are_one_sentence(
 
 def test_a_config_file_with_a_mistake_names_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.py"
-    path.write_text("from vlm_jax.config import TrainConfig\n\n\ndef get_config(name=''):\n    return TrainConfig(step=1)\n")
+    path.write_text(
+        "from vlm_jax.config import TrainConfig\n\n\ndef get_config(name=''):\n    return TrainConfig(step=1)\n"
+    )
     assert main([f"--config={path}"]) == EXIT_CONFIG
     error = capsys.readouterr().err
     assert f"{path}, line 5" in error

@@ -106,9 +106,7 @@ def test_low_precision_moments() -> None:
 def test_adafactor_factors_every_layer_by_itself() -> None:
     """A stack of attention kernels [3, 64, 4, 16] holds row and column moments of its 64 x 64 matrices."""
     slots = optimizer(Adafactor(momentum=None)).init(trees())
-    sizes = {
-        jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(slots)[0]
-    }
+    sizes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(slots)[0]}
     query = [shape for path, shape in sizes.items() if "'query'" in path]
     assert (3, 64) in query
     assert (3, 64, 64) not in query

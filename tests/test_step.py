@@ -109,9 +109,7 @@ def test_frozen_parts_do_not_move_and_own_no_slots() -> None:
     program = tiny.program(train__ema_decay=0.9)
     rules = (Part("image", "image/.*", frozen=True), Part("rest", ".*"))
     config = program.config
-    setup = make_setup(
-        program.objective, config.optimizer, rules, program.mesh, total_steps=8, seed=0, ema=True
-    )
+    setup = make_setup(program.objective, config.optimizer, rules, program.mesh, total_steps=8, seed=0, ema=True)
     step = make_train_step(program.objective, setup.optimizer, setup.parts, program.mesh, ema_decay=0.9)
     with jax.set_mesh(program.mesh):
         state = setup.init()

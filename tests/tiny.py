@@ -34,9 +34,7 @@ def config(**overrides: Any) -> Config:
     """CLIP on digits at 8 pixels; overrides are dotted keys with `__` for the dot."""
     model = TwoTowerConfig(
         image=ViTConfig(image_size=8, patch_size=4, width=32, depth=2, heads=4, mlp_dim=64),
-        text=TextConfig(
-            vocab_size=320, length=16, width=32, depth=2, heads=4, mlp_dim=64, pool="first_eos", eos_id=1
-        ),
+        text=TextConfig(vocab_size=320, length=16, width=32, depth=2, heads=4, mlp_dim=64, pool="first_eos", eos_id=1),
         embed_dim=16,
     )
     base = Config(

@@ -90,8 +90,27 @@ def test_recall_of_known_ranks():
 
 def test_best_and_worst_show_an_image_once():
     text_ranks, image_of_text = np.asarray([0, 0, 7, 9, 8, 1]), np.asarray([0, 0, 1, 2, 2, 3])
-    assert best_and_worst(text_ranks, image_of_text, 2) == ([0, 5], [3, 2])
-    assert best_and_worst(text_ranks, image_of_text, 4) == ([0, 5, 2, 4], [])
+    scores = np.asarray([0.4, 0.9, 0.5, 0.1, 0.2, 0.3])
+    assert best_and_worst(text_ranks, scores, image_of_text, 2) == ([1, 5], [3, 2])
+    assert best_and_worst(text_ranks, scores, image_of_text, 4) == ([1, 5, 2, 4], [])
+    assert best_and_worst(np.zeros(6, int), scores, image_of_text, 1) == ([1], [3])  # equal ranks: by score
+
+
+def test_images_with_shared_captions_answer_each_other():
+    """Against the protocol without: a hit is then any image or text of the same list of captions."""
+    records = [{**record, "texts": (f"class {row % 3}",)} for row, record in enumerate(random_records(12))]
+    params, encoder = make_params(), FakeEncoder()
+    images = np.asarray(embed_images(params, np.stack([record["image"] for record in records])))
+    texts = np.asarray(embed_texts(params, encoder.tokenize([record["texts"][0] for record in records])))
+    group = np.arange(12) % 3
+    scores = images @ texts.T
+    same = group[:, None] == group[None, :]
+    best = np.where(same, scores, -np.inf).max(axis=1)
+    ahead = (~same & (scores >= best[:, None])).sum(axis=1)
+    metrics = evaluate(records, shared_captions=True).metrics
+    assert metrics["retrieval/toy/image_to_text_r1"] == pytest.approx((ahead < 1).mean())
+    assert metrics["retrieval/toy/image_to_text_mean_rank"] == pytest.approx((ahead + 1).mean())
+    assert evaluate(records).metrics["retrieval/toy/image_to_text_r1"] == 0  # equal texts tie, and ties lose
 
 
 def test_an_image_without_a_caption_is_named():

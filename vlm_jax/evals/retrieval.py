@@ -98,7 +98,8 @@ class RetrievalEvaluator:
         return captions, np.asarray(owner, np.int32)
 
     def _picture(self, embedded: "_Embedded", text_ranks_M: np.ndarray, step: int) -> np.ndarray:
-        best, worst = best_and_worst(text_ranks_M, embedded.owner_M, self._config.pictured)
+        own_scores_M = np.sum(embedded.images_NxE[embedded.owner_M] * embedded.texts_MxE, axis=-1)
+        best, worst = best_and_worst(text_ranks_M, own_scores_M, embedded.owner_M, self._config.pictured)
         title = f"{self._config.name}: text to image at step {step:,}, {len(embedded.index_N):,} images"
         best_rows, worst_rows = (
             [self._query(embedded, text, int(text_ranks_M[text])) for text in texts] for texts in (best, worst)
@@ -199,14 +200,19 @@ def recall(ranks: np.ndarray) -> dict[str, float]:
     }
 
 
-def best_and_worst(text_ranks_M: np.ndarray, image_of_text_M: np.ndarray, count: int) -> tuple[list[int], list[int]]:
-    """Up to `count` texts of lowest and of highest rank, each of another image, in a fixed order."""
+def best_and_worst(
+    text_ranks_M: np.ndarray, own_scores_M: np.ndarray, image_of_text_M: np.ndarray, count: int
+) -> tuple[list[int], list[int]]:
+    """Up to `count` texts of lowest and of highest rank, each of another image.
 
-    def first_of_each_image(order: np.ndarray) -> list[int]:
+    Of texts with equal ranks those come first that are nearest to their own image (best) or farthest from it (worst).
+    """
+
+    def first_of_each_image(order: np.ndarray, left_out: set[int]) -> list[int]:
         _, first = np.unique(image_of_text_M[order], return_index=True)
-        return [int(text) for text in order[np.sort(first)][:count]]
+        kept = [int(text) for text in order[np.sort(first)] if int(image_of_text_M[text]) not in left_out]
+        return kept[:count]
 
-    best = first_of_each_image(np.argsort(text_ranks_M, kind="stable"))
-    worst = first_of_each_image(np.argsort(-text_ranks_M, kind="stable"))
-    shown = set(image_of_text_M[best])
-    return best, [text for text in worst if image_of_text_M[text] not in shown]
+    best = first_of_each_image(np.lexsort((-own_scores_M, text_ranks_M)), set())
+    shown = {int(image) for image in image_of_text_M[best]}
+    return best, first_of_each_image(np.lexsort((own_scores_M, -text_ranks_M)), shown)
