@@ -71,6 +71,13 @@ def test_one_compile_for_a_run() -> None:
     assert program.step._cache_size() == 1  # pyright: ignore
 
 
+def test_bfloat16_is_near_and_leaves_parameters_and_loss_in_float32(reference: Any) -> None:
+    state, history = tiny.run_steps(tiny.program(train__dtype="bfloat16", **SMOOTH), 3)
+    assert [m["loss"] for m in history] == pytest.approx([m["loss"] for m in reference[1]], rel=2e-2)
+    assert [m["loss"] for m in history] != [m["loss"] for m in reference[1]]
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+
+
 def test_the_states_buffers_are_donated() -> None:
     program = tiny.program()
     with jax.set_mesh(program.mesh):

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import vlm_jax
-from vlm_jax.checkpoint import Checkpointer, CheckpointConfig
+from vlm_jax.checkpoint import CheckpointConfig, Checkpointer
 from vlm_jax.preemption import EXIT_PREEMPTED, StopRequest
 from vlm_jax.schema import ConfigError
 from vlm_jax.train import TrainingError, train
@@ -126,6 +126,38 @@ def test_warm_start_takes_parameters_and_nothing_else(unbroken: Path, tmp_path: 
     assert train_tiny(tmp_path, init_from__path=str(unbroken), optimizer__learning_rate=0.0, train__steps=2) == 0
     tiny.assert_trees_equal(final_params(tmp_path), final_params(unbroken))
     assert metrics(tmp_path)[0]["step"] == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_slots_of_any_form_come_back(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factored and partitioned slots, stacks mapped layer by layer, bf16 moments: saved, restored, gone on with."""
+    settings = {"optimizer": optimizer, "optimizer__learning_rate": 1e-2, "evals": "()", "train__steps": 4}
+    assert train_tiny(tmp_path / "unbroken", **settings) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(StopAt, "step", 2)
+        patch.setattr("vlm_jax.train.StopRequest", StopAt)
+        assert train_tiny(tmp_path / "stopped", **settings) == EXIT_PREEMPTED
+    assert train_tiny(tmp_path / "stopped", **settings) == 0
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "unbroken")
+    tiny.assert_trees_equal(final_params(tmp_path / "stopped"), final_params(tmp_path / "unbroken"))
+
+
+def test_one_compile_for_a_run_and_one_for_its_continuation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(StopAt, "step", 3)
+    with monkeypatch.context() as patch, jax.log_compiles():
+        patch.setattr("vlm_jax.train.StopRequest", StopAt)
+        assert train_tiny(tmp_path, train__eval_every=2, train__ema_decay=0.9, train__accum_steps=2) == EXIT_PREEMPTED
+    assert len(compiles_of_the_step(caplog)) == 1
+    caplog.clear()
+    with jax.log_compiles():
+        assert train_tiny(tmp_path, train__eval_every=2, train__ema_decay=0.9, train__accum_steps=2) == 0
+    assert len(compiles_of_the_step(caplog)) == 1
+
+
+def compiles_of_the_step(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [m for m in caplog.messages if m.startswith("Finished XLA compilation of jit(step)")]
 
 
 def test_a_profile_of_chosen_steps(tmp_path: Path) -> None:
