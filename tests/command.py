@@ -19,13 +19,30 @@ DIGITS = (
 )
 
 
-def start(*arguments: str, devices: int = 1, **environment: str) -> "subprocess.Popen[str]":
+def start(*arguments: str, devices: int = 1) -> "subprocess.Popen[str]":
     """The process, with standard error in its output."""
+    return _start([sys.executable, "-m", "vlm_jax.main", *arguments], devices)
+
+
+def launch_local(processes: int, *arguments: str, devices: int) -> tuple[int, str]:
+    """(exit code, joint output) of `launch/local.sh`."""
+    process = _start(["launch/local.sh", str(processes), *arguments], devices)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def _start(arguments: list[str], devices: int) -> "subprocess.Popen[str]":
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", **environment}
-    command = [sys.executable, "-m", "vlm_jax.main", *arguments]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", "PATH": path}
     return subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        arguments,
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 

@@ -156,7 +156,7 @@ def test_write_json_replaces_the_file_as_a_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(metrics.WorkdirError, match=r"eval\.json can't be written: No space"):
         metrics.write_json(path, {"a": 2.0})
     assert json.loads(path.read_text()) == {"a": 0.1 + 0.2}
     assert os.listdir(tmp_path) == ["eval.json"]

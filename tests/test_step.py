@@ -42,6 +42,14 @@ def test_weights_and_slots_are_split_as_the_table_says() -> None:
     assert all(x.sharding.is_equivalent_to(kernel.sharding, 4) for x in slots)
 
 
+@pytest.mark.parametrize("form", ["ring", "global"])
+def test_every_form_of_the_loss_trains_the_same(form: str, reference: Any) -> None:
+    settings = {"objective__loss": form, "train__accum_steps": 2, **SMOOTH}
+    state, history = tiny.run_steps(tiny.program(tiny.mesh(4, 2, 1), **settings), 3)
+    assert [m["loss"] for m in history] == pytest.approx([m["loss"] for m in reference[1]], rel=1e-5)
+    tiny.assert_trees_close(state.params, reference[0].params, rtol=5e-4)
+
+
 @pytest.mark.parametrize("accum", [2, 4])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 1)])
 def test_gradient_caching_is_exact(accum: int, shape: tuple[int, int, int], reference: Any) -> None:

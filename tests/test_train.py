@@ -86,6 +86,18 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(unbroken: Pa
         train_tiny(unbroken, train__eval_every=3, optimizer__learning_rate=0.5)
 
 
+def test_a_start_that_failed_does_not_claim_the_workdir(tmp_path: Path) -> None:
+    """A wrong path, then the right one: there was no run yet that could be another one."""
+    with pytest.raises(ConfigError, match="nowhere"):
+        train_tiny(tmp_path, data__path="/nowhere/pairs.csv")
+    assert train_tiny(tmp_path, train__steps=1, evals="()") == 0
+
+
+def test_another_shape_is_reported_as_another_config(unbroken: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.objective\.model\.embed_dim: 16 -> 8"):
+        train_tiny(unbroken, train__eval_every=3, objective__model__embed_dim=8)
+
+
 def test_what_only_decides_speed_may_change(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another mesh and other threads go on with the same examples and the same numbers to rounding."""
     with monkeypatch.context() as patch:

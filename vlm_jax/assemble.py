@@ -45,7 +45,7 @@ def build_program(config: Config, mesh: Mesh | None = None) -> Program:
     if mesh is None:
         config.check_devices(jax.device_count())
         mesh = make_mesh(config.mesh)
-    objective = config.objective.build(config.data.preprocess, config.compute_dtype())
+    objective = config.objective.build(config.data.preprocess, config.compute_dtype(mesh.devices.flat[0].platform))
     setup = make_setup(
         objective,
         config.optimizer,

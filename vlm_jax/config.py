@@ -96,10 +96,10 @@ class Config:
                 f"{data} x {fsdp}; the nearest that are: {', '.join(map(str, near))}"
             )
 
-    def compute_dtype(self) -> Any:
-        """The dtype of activations on this machine's devices."""
+    def compute_dtype(self, platform: str | None = None) -> Any:
+        """The dtype of activations on a platform ("cpu", "gpu", "tpu"); None: on this machine's devices."""
         if self.train.dtype == "auto":
-            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+            return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
         return jnp.dtype(self.train.dtype)
 
 

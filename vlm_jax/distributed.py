@@ -27,7 +27,8 @@ def start(flag: str) -> None:
     Raises:
         ConfigError: a flag that is none of these.
     """
-    if jax.config.read("jax_num_cpu_devices") > 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    virtual_devices = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if virtual_devices or jax.config.jax_num_cpu_devices > 1:  # pyright: ignore[reportAttributeAccessIssue]
         # Two steps in flight on more virtual devices than cores can wait for each other's collectives for ever.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     if flag == "off" or (flag == "auto" and not any(test(os.environ.get(n, "")) for n, test in _CLUSTER.items())):

@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     flags, overrides = parse(sys.argv[1:] if arguments is None else arguments)
     from vlm_jax.checkpoint_format import CheckpointError
     from vlm_jax.data.bad_records import BadRecordBudgetExceeded
+    from vlm_jax.evals.base import EvalError
+    from vlm_jax.metrics import WorkdirError
     from vlm_jax.schema import ConfigError
     from vlm_jax.train import TrainingError
 
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    except (CheckpointError, BadRecordBudgetExceeded, TrainingError) as error:
+    except (CheckpointError, BadRecordBudgetExceeded, EvalError, TrainingError, WorkdirError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

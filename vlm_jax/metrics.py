@@ -3,17 +3,38 @@
 It writes what it is given. It computes no metric, decides no interval and prints nothing (`vlm_jax.console` does).
 """
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+
+_PROTO: Any = event_pb2  # its classes are made when it is imported, so type checkers see none
+
+
+class WorkdirError(ValueError):
+    """A file of the workdir that can't be written, or isn't what was written: the sentence names it and the remedy."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what a full disk or a missing permission raises into a `WorkdirError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(
+            f"{path} can't be written: {error.strerror or error}; make room on the disk, mend its permissions or give "
+            "another --workdir. The same command goes on from the last checkpoint"
+        ) from error
 
 
 def mean(sum_count: tuple[SupportsFloat, SupportsFloat]) -> float:
@@ -23,8 +44,27 @@ def mean(sum_count: tuple[SupportsFloat, SupportsFloat]) -> float:
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Writes `content` as indented JSON so that a reader sees the old file or the new one, never a part of it."""
+    """Writes `content` as indented JSON so that a reader sees the old file or the new one, never a part of it.
+
+    Raises:
+        WorkdirError: it can't be written, as on a full disk.
+    """
     _write_atomically(Path(path), (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        WorkdirError: it is no JSON object, or can't be read.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{path} can't be read ({error}); move it away, it is written anew") from error
+    if not isinstance(content, dict):
+        raise WorkdirError(f"{path} holds a {type(content).__name__} and no JSON object; move it away")
+    return content
 
 
 class MetricWriter:
@@ -33,6 +73,8 @@ class MetricWriter:
     `metrics.jsonl` holds one JSON object a line: `{"step": 120, "time": <Unix seconds>, "loss": 1.25, ...}`. Floats
     are written so that reading them gives the same bits back; NaN and infinities appear as `NaN` and `Infinity`, which
     Python's json reads. Every line reaches the operating system before `scalars` returns.
+
+    What can't be written raises `WorkdirError` at once and in the caller's thread.
 
     Args:
         workdir: the run's directory; created when absent.
@@ -46,11 +88,12 @@ class MetricWriter:
         self._is_primary = is_primary
         self._clock = clock
         self._purge_step: int | None = None
-        self._board: SummaryWriter | None = None
+        self._board: EventsWriter | None = None
         if is_primary:
-            self._workdir.mkdir(parents=True, exist_ok=True)
-            _drop_torn_line(self._path)
-            self._file = self._path.open("a", encoding="utf-8")
+            with writing(self._path):
+                self._workdir.mkdir(parents=True, exist_ok=True)
+                _drop_torn_line(self._path)
+                self._file = self._path.open("a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Writes the values of one step, in float64.
@@ -67,11 +110,10 @@ class MetricWriter:
                 )
         floats = {name: float(value) for name, value in values.items()}
         now = self._clock()
-        self._file.write(json.dumps({"step": int(step), "time": now, **floats}) + "\n")
-        self._file.flush()
-        board = self._tensorboard()
-        for name, value in floats.items():
-            board.add_scalar(name, value, int(step), walltime=now)
+        with writing(self._path):
+            self._file.write(json.dumps({"step": int(step), "time": now, **floats}) + "\n")
+            self._file.flush()
+        self._add_events([summary.scalar(name, value) for name, value in floats.items()], int(step), now)
 
     def image(self, step: int, name: str, image_HxWxC: np.ndarray) -> None:
         """Writes a uint8 [H, W, 3] image to TensorBoard and to `pictures/<name>-<step>.png`, `/` in names as `-`.
@@ -86,9 +128,11 @@ class MetricWriter:
         if not self._is_primary:
             return
         folder = self._workdir / "pictures"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(image_HxWxC).save(folder / f"{name.replace('/', '-')}-{step:08d}.png")
-        self._tensorboard().add_image(name, image_HxWxC, int(step), dataformats="HWC")
+        path = folder / f"{name.replace('/', '-')}-{step:08d}.png"
+        with writing(path):
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(image_HxWxC).save(path)
+        self._add_events([summary.image(name, image_HxWxC, dataformats="HWC")], int(step), self._clock())
 
     def truncate_after(self, step: int) -> None:
         """Forgets what a run wrote beyond `step`, the step it was restored at, so that no step is logged twice.
@@ -97,28 +141,45 @@ class MetricWriter:
         told to hide its later events. Call it before the first `scalars`.
 
         Raises:
-            ValueError: a line that is no record of this writer; names file and line.
+            WorkdirError: a line that is no record of this writer; names file and line.
         """
         if not self._is_primary:
             return
         self._file.close()
         _write_atomically(self._path, b"".join(_lines_up_to(self._path, step)))
-        self._file = self._path.open("a", encoding="utf-8")
+        with writing(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
         self._purge_step = step + 1
 
     def close(self) -> None:
         """Flushes and closes the files; the writer can't be used afterwards."""
         if not self._is_primary:
             return
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with writing(self._workdir / "tensorboard"):
+                self._board.close()
+            self._board = None
 
-    def _tensorboard(self) -> SummaryWriter:
-        # Opened at the first event and not before: `purge_step` can only be given at opening, and a run that logs
+    def _add_events(self, summaries: list[Any], step: int, walltime: float) -> None:
+        # Not tensorboardX's SummaryWriter: on a full disk its thread dies, and the next events wait for it for ever.
+        with writing(self._workdir / "tensorboard"):
+            board = self._tensorboard()
+            for one in summaries:
+                board.write_event(_PROTO.Event(wall_time=walltime, step=step, summary=one))
+            board.flush()
+
+    def _tensorboard(self) -> EventsWriter:
+        # Opened at the first event and not before: `purge_step` stands at the start of a file, and a run that logs
         # nothing (evaluation alone) should leave no event file behind.
         if self._board is None:
-            self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=self._purge_step)
+            folder = self._workdir / "tensorboard"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._board = EventsWriter(str(folder / "events"))
+            if self._purge_step is not None:
+                log = _PROTO.SessionLog(status=_PROTO.SessionLog.START)
+                self._board.write_event(_PROTO.Event(step=self._purge_step, session_log=log))
         return self._board
 
 
@@ -138,7 +199,7 @@ def _lines_up_to(path: Path, step: int) -> list[bytes]:
         try:
             line_step = json.loads(line)["step"]
         except (ValueError, TypeError, KeyError):
-            raise ValueError(
+            raise WorkdirError(
                 f"{path}, line {number} is no metrics record: {line[:80]!r}. Remove that line, or move the file away."
             ) from None
         if line_step <= step:
@@ -147,14 +208,15 @@ def _lines_up_to(path: Path, step: int) -> list[bytes]:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            # Without it a crash of the machine can leave the new name on an empty file.
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                # Without it a crash of the machine can leave the new name on an empty file.
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 _SOURCE = "/orbax/checkpoint/"
+_MARKS = (_SOURCE, "orbax-checkpoint-tmp", "OCDBT database")  # the last two stand in what TensorStore raises
 
 
 @functools.cache
@@ -16,7 +17,7 @@ def silence() -> None:
     logging.getLogger("absl").addFilter(lambda record: _SOURCE not in record.pathname)
     # After one failed read or write it abandons the others, and each of those then complains by itself: one traceback
     # per array.
-    logging.getLogger("asyncio").addFilter(lambda record: _SOURCE not in record.getMessage())
+    logging.getLogger("asyncio").addFilter(lambda record: not any(part in record.getMessage() for part in _MARKS))
     warnings.filterwarnings("ignore", r"coroutine 'Store\..*' was never awaited", RuntimeWarning)
     report = sys.unraisablehook
 

@@ -4,8 +4,8 @@ A workdir holds one run. The same command on the same workdir continues it, and 
 run would have had on the same devices.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from vlm_jax.assemble import Program, build_evaluators, build_program, build_run_tokenizer, index_directory
-from vlm_jax.checkpoint import Checkpointer
+from vlm_jax.checkpoint import Checkpointer, CheckpointError
 from vlm_jax.clock import Clock
 from vlm_jax.config import Config, check_same_run, to_json
 from vlm_jax.console import Console
@@ -23,7 +23,7 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.evaluate import evaluate
 from vlm_jax.flops import mfu, peak_flops
 from vlm_jax.mesh import host_values
-from vlm_jax.metrics import MetricWriter, mean, write_json
+from vlm_jax.metrics import MetricWriter, WorkdirError, mean, read_json, write_json
 from vlm_jax.parts import merge
 from vlm_jax.preemption import EXIT_PREEMPTED, StopRequest
 from vlm_jax.schema import to_dict
@@ -50,7 +50,7 @@ def train(config: Config, workdir: str, started: float | None = None, stop: Stop
     Raises:
         ConfigError: the config does not fit the devices, the data, or the run in this workdir.
         TrainingError: too many steps in a row were not finite.
-        CheckpointError, BadRecordBudgetExceeded: see there.
+        CheckpointError, BadRecordBudgetExceeded, EvalError, WorkdirError: see there.
     """
     workdir = os.path.abspath(os.path.expanduser(workdir))
     with stop or StopRequest() as stop:
@@ -58,9 +58,13 @@ def train(config: Config, workdir: str, started: float | None = None, stop: Stop
         with jax.set_mesh(program.mesh):
             run = _Run(program, workdir, started or time.time())
             try:
-                return run.loop(stop)
-            finally:
-                run.close()
+                code = run.loop(stop)
+            except BaseException:
+                with contextlib.suppress(CheckpointError, WorkdirError):  # what ended the loop is to be told, not this
+                    run.close()
+                raise
+            run.close()
+            return code
 
 
 class _Run:
@@ -70,9 +74,9 @@ class _Run:
         config = program.config
         self.config, self.program, self.workdir, self.started = config, program, workdir, started
         self.is_primary = jax.process_index() == 0
-        claim_workdir(workdir, config, self.is_primary)
         self.console = Console(config.train.steps, is_primary=self.is_primary)
         self.checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint)
+        self._check_same_run()
         self.source = config.data.build_source(index_directory(workdir))
         restored = self.checkpointer.restore(program.setup.abstract)
         meta: Mapping[str, Any] = {} if restored is None else restored[1]
@@ -97,7 +101,18 @@ class _Run:
         self.evaluators = build_evaluators(
             config, program.objective, self.tokenizer, program.mesh, index_directory(workdir)
         )
+        if self.is_primary:
+            write_json(os.path.join(workdir, "config.json"), to_json(config))
         self._announce(restored is not None)
+
+    def _check_same_run(self) -> None:
+        """Refuses a workdir whose checkpoints are another config's; one without checkpoints has nothing to lose.
+
+        By WORKDIR/config.json, before anything is restored: arrays of other shapes would hide the difference.
+        """
+        path = os.path.join(self.workdir, "config.json")
+        if self.checkpointer.latest_step() is not None and os.path.exists(path):
+            check_same_run(read_json(path), self.config, self.workdir)
 
     def _first_state(self) -> TrainState:
         state = self.program.setup.init()
@@ -231,8 +246,7 @@ class _Run:
         path = os.path.join(self.workdir, "eval.json")
         if not os.path.exists(path):
             return False
-        with open(path, encoding="utf-8") as file:
-            return json.load(file).get("step") == self.step
+        return read_json(path).get("step") == self.step
 
     def _evaluate(self) -> None:
         last = self.step == self.config.train.steps
@@ -266,18 +280,6 @@ class _Run:
 
     def close(self) -> None:
         """Stops what runs beside the loop, whatever ended it."""
-        self.loader.close()
-        self.writer.close()
-        self.console.close()
-        self.checkpointer.close()
-
-
-def claim_workdir(workdir: str, config: Config, is_primary: bool) -> None:
-    """Writes WORKDIR/config.json, or checks that the one there is of the same run; raises `ConfigError` if not."""
-    path = os.path.join(workdir, "config.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            check_same_run(json.load(file), config, workdir)
-    if is_primary:
-        os.makedirs(workdir, exist_ok=True)
-        write_json(path, to_json(config))
+        with contextlib.ExitStack() as stack:  # one that fails keeps no other from closing
+            for part in (self.checkpointer, self.console, self.writer, self.loader):
+                stack.callback(part.close)

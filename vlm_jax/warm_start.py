@@ -4,6 +4,7 @@ Only parameters are taken: never the step, the optimiser or the data position. R
 `vlm_jax.checkpoint.Checkpointer.restore`; files of other code bases are imported by `vlm_jax.interop` first.
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,13 @@ class InitFrom:
                     re.compile(pattern)
                 except re.error as error:
                     yield key, f"has {pattern!r}, which is no regular expression: {error}"
+        for pattern, replacement in self.map:
+            with contextlib.suppress(re.error):  # of the pattern, which is reported above
+                compiled = re.compile(pattern)
+                try:
+                    compiled.sub(replacement, "")  # reads the replacement though nothing matches
+                except (re.error, IndexError) as error:
+                    yield "map", f"has {replacement!r}, which can't be filled in from {pattern!r}: {error}"
         for key, group in patterns.items():
             if group and not self.path:
                 yield key, "is given without a source; set init_from.path"

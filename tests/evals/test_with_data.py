@@ -27,7 +27,7 @@ class DigitMeans(FakeEncoder):
 
     def image_features(self, params, images):
         flat = images[..., 0].reshape(len(images), -1).astype(jnp.float32)
-        return jax.nn.softmax(-0.01 * jnp.linalg.norm(flat[:, None] - self.means_10xP, axis=-1) ** 2 / 64)
+        return jax.nn.softmax(-0.01 * jnp.linalg.norm(flat[:, None] - self.means_10xP[None], axis=-1) ** 2 / 64)
 
     def text_features(self, params, tokens):
         return jax.nn.one_hot(tokens[:, 0], 10)

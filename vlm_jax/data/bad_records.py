@@ -29,18 +29,27 @@ class Failure(NamedTuple):
 
 
 class BadRecordBudgetExceeded(RuntimeError):  # noqa: N818 - a limit that was reached
-    """More records can't be used than the config allows; the message lists the first of them."""
+    """More records can't be used than the config allows, or none can; the message lists the first of them."""
 
     def __init__(self, message: str):
         super().__init__(message)
 
 
+def none_usable(failures: Iterable[Failure], what: str) -> BadRecordBudgetExceeded:
+    """The error where no budget helps; `what` says which records were tried."""
+    distinct = {failure.index: failure for failure in failures}
+    return BadRecordBudgetExceeded(f"{what} can be used. The first:{_listed(distinct.values())}\nRepair the data.")
+
+
+def _listed(failures: Iterable[Failure]) -> str:
+    return "".join(f"\n  {failure}" for failure in list(failures)[:_SHOWN])
+
+
 def exceeded(failures: Iterable[Failure], found: int, allowed: int, length: int) -> BadRecordBudgetExceeded:
     """The error that ends a run, with the first few records in it."""
-    listed = "".join(f"\n  {failure}" for failure in list(failures)[:_SHOWN])
     return BadRecordBudgetExceeded(
         f"{found} of {length} records can't be used, {allowed} are allowed "
-        f"(config.data.bad_record_budget). The first:{listed}\nRepair the data, or raise the budget."
+        f"(config.data.bad_record_budget). The first:{_listed(failures)}\nRepair the data, or raise the budget."
     )
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
 """Images with more pixels are refused: 256 MiB of RGB, the limit at which Pillow speaks of a decompression bomb."""
@@ -98,6 +98,8 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
         raise ValueError("the image file is empty")
     try:
         return _decode_file(image)
+    except UnidentifiedImageError as error:
+        raise ValueError("the image can't be decoded (damaged, or of a format that Pillow doesn't know)") from error
     except _DECODER_ERRORS as error:
         raise ValueError(f"the image can't be decoded ({error or type(error).__name__})") from error
 

@@ -20,6 +20,7 @@ from vlm_jax.data.examples import Example, MakeExample
 from vlm_jax.data.images import AugmentConfig, PreprocessConfig
 from vlm_jax.data.rows import EvalRows, HostBatch, Schedule, TrainRows, host_batches
 from vlm_jax.data.sources import DigitsConfig, Source, SourceConfig, source_for_path
+from vlm_jax.data.sources.base import keys_at
 from vlm_jax.data.text import ClipBpeConfig, TokenizerConfig
 from vlm_jax.mesh import batch_sharding
 from vlm_jax.schema import ConfigError
@@ -34,7 +35,8 @@ class DataConfig:
 
     # records
     source: SourceConfig = dataclasses.field(default_factory=DigitsConfig)
-    # short form: tar shards, a .jsonl, .csv or .tsv file; when set it replaces `source`
+    # short form: tar shards, a .jsonl, .csv or .tsv file; when set it replaces `source`, whose other keys stay if it
+    # is of the same kind
     path: str = ""
     # rows of the global batch
     batch_size: int = 256
@@ -67,7 +69,15 @@ class DataConfig:
 
     def build_source(self, cache_dir: str) -> Source:
         """The source of `path` if that is set, else of `source`; raises `ConfigError`."""
-        return (source_for_path(self.path) if self.path else self.source).build(cache_dir)
+        if not self.path:
+            return self.source.build(cache_dir)
+        source, others = source_for_path(self.path), "config.data.source."
+        if isinstance(self.source, type(source)):
+            source = dataclasses.replace(self.source, path=self.path)
+        else:
+            others = f"config.data.source={source.kind()}, {others}"
+        with keys_at("config.data.path", others):
+            return source.build(cache_dir)
 
 
 class _Layout:

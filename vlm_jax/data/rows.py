@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from vlm_jax.data.bad_records import Failure, exceeded
+from vlm_jax.data.bad_records import Failure, none_usable
 from vlm_jax.data.examples import Example, MakeExample
 from vlm_jax.data.order import example_rng, record_index, substitute
 from vlm_jax.data.sources.base import BadRecord, Source
@@ -41,7 +41,7 @@ class TrainRows:
             except BadRecord as error:
                 failures.append(Failure.of(index, error))
                 index = substitute(position, attempt, length, self.seed)
-        raise exceeded(failures, len({f.index for f in failures}), 0, length)
+        raise none_usable(failures, f"none of {_MAX_ATTEMPTS} records drawn one after the other, of {length} in all,")
 
 
 class EvalRows:
@@ -61,7 +61,7 @@ class EvalRows:
                 failures.append(Failure.of(index, error))
                 continue
             return {key: np.zeros_like(value) for key, value in example.items()}
-        raise exceeded(failures, len(failures), 0, len(self.source))
+        raise none_usable(failures, f"none of the {len(self.source)} records")
 
     def __call__(self, position: int) -> Row:
         """The example of a record, or a blank."""

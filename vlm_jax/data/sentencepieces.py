@@ -125,6 +125,10 @@ def load_sentencepieces(path: str) -> SentencePieces:
     with open(path, "rb") as file:
         data = file.read()
     try:
+        if not data:  # the library takes it for a model without a word
+            raise ValueError("the file is empty")
         return SentencePieces(data)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"{path} is not a SentencePiece model ({error}); give a *.model file") from None
+        raise ConfigError(
+            f"config.data.tokenizer.path = {path!r} is not a SentencePiece model ({error}); give a *.model file"
+        ) from None

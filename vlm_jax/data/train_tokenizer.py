@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from vlm_jax.data import sentencepieces
 from vlm_jax.data.captions import captions
 from vlm_jax.data.sources import source_for_path
+from vlm_jax.data.sources.base import keys_at
 from vlm_jax.schema import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the model was written, 2 when the arguments or the data don't allow it."""
+    """Exit code 0 when the model was written, 2 when arguments or data don't allow it, 1 when the disk doesn't."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--path", required=True, help="tar shards (folder, glob, braces), a .jsonl, .csv or .tsv file")
     parser.add_argument("--output", required=True, help="the model file to write")
@@ -26,13 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache_dir", default="", help="folder for indices of shards in read-only folders")
     options = parser.parse_args(arguments)
     try:
-        source = source_for_path(options.path).build(options.cache_dir)
+        with keys_at("--path", "the source's "):
+            source = source_for_path(options.path).build(options.cache_dir)
         texts = captions(source, options.records)
         model = sentencepieces.train(texts, options.vocab_size, options.normalization)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _write(options.output, model)
+    try:
+        _write(options.output, model)
+    except OSError as error:
+        print(f"error: --output={options.output} can't be written: {error.strerror}", file=sys.stderr)
+        return 1
     size = sentencepieces.SentencePieces(model).vocab_size
     print(f"{options.output}: {size} ids")
     return 0
@@ -43,9 +49,14 @@ def _write(path: str, data: bytes) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        file.write(data)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+        try:
+            file.write(data)
+            file.flush()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 if __name__ == "__main__":

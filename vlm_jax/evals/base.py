@@ -12,6 +12,7 @@ import numpy as np
 
 from vlm_jax import schema
 from vlm_jax.data.sources import Record, Source, SourceConfig
+from vlm_jax.data.sources.base import keys_at
 
 
 class Encoder(Protocol):
@@ -64,6 +65,10 @@ class EvalResult:
     images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
+class EvalError(ValueError):
+    """The data can't be evaluated in this way; the sentence says why and what to do."""
+
+
 class Evaluator(Protocol):
     """An evaluation that is ready to run; every process of a job calls it at the same step."""
 
@@ -71,7 +76,7 @@ class Evaluator(Protocol):
         """Evaluates `params`; `step` is only for captions of pictures.
 
         Raises:
-            ValueError: the data can't be evaluated in this way; the sentence says why.
+            EvalError: the data can't be evaluated in this way; the sentence says why.
         """
         ...
 
@@ -113,11 +118,15 @@ class EvalConfig(schema.Choice):
         """The source, cut to `limit`.
 
         Raises:
-            ValueError: it holds no records.
+            ConfigError: it can't be opened, or holds no records.
         """
-        source = self.source.build(cache_dir)
+        key = f"config.evals.{self.name}.source."
+        with keys_at(f"{key}path", key):
+            source = self.source.build(cache_dir)
         if len(source) == 0:
-            raise ValueError(f"The source of evaluation {self.name!r} holds no records; check its path and split.")
+            raise schema.ConfigError(
+                f"The source of evaluation {self.name!r} holds no records; check its path and split."
+            )
         return FirstRecords(source, self.limit) if 0 < self.limit < len(source) else source
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vlm_jax.data.sources import Source
-from vlm_jax.evals.base import Encoder
+from vlm_jax.evals.base import Encoder, EvalError
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def encode_images(encoder: Encoder, params: Any, source: Source, name: str) -> t
         float32 [N, E] and int32 [N], the records' positions in the source.
 
     Raises:
-        ValueError: no record of the source was usable; names the evaluation `name`.
+        EvalError: no record of the source was usable; names the evaluation `name`.
     """
     dispatched = (
         {"features": encoder.image_features(params, batch["image"]), "index": batch["index"], "mask": batch["mask"]}
@@ -63,7 +63,7 @@ def encode_images(encoder: Encoder, params: Any, source: Source, name: str) -> t
         features.append(batch["features"][batch["mask"]])
         index.append(batch["index"][batch["mask"]])
     if not sum(map(len, index)):
-        raise ValueError(f"Evaluation {name!r} found no usable image among {len(source)} records; see the log above.")
+        raise EvalError(f"Evaluation {name!r} found no usable image among {len(source)} records; see the log above.")
     return np.concatenate(features), np.concatenate(index)
 
 

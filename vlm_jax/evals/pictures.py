@@ -2,6 +2,7 @@
 
 import dataclasses
 import textwrap
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,7 +53,10 @@ def retrieval_picture(best: Sequence[Query], worst: Sequence[Query], title: str)
     parts[0].text(0.02, 0.4, title, fontsize=13, weight="bold", color=_INK, va="center", parse_math=False)
     for part, (name, rows) in zip(parts[1:], sections, strict=True):
         _draw_section(part, name, rows)
-    canvas.draw()
+    with warnings.catch_warnings():
+        # A caption in a script that the font lacks is drawn as boxes; a warning for each character helps nobody.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
+        canvas.draw()
     return np.array(np.asarray(canvas.buffer_rgba())[..., :3])
 
 

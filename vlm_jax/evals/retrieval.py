@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.data.images import decode
-from vlm_jax.data.sources import Source
+from vlm_jax.data.sources import BadRecord, Source
 from vlm_jax.evals import pictures
-from vlm_jax.evals.base import Encoder, EvalConfig, EvalResult
+from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, EvalResult
 from vlm_jax.evals.features import encode_images, encode_texts, padded_batches, to_host
 
 
@@ -47,7 +47,7 @@ class RetrievalConfig(EvalConfig):
         """Opens the source.
 
         Raises:
-            ValueError: it holds no records.
+            ConfigError: it can't be opened, or holds no records.
         """
         return RetrievalEvaluator(self, encoder, self.open_source(cache_dir))
 
@@ -64,7 +64,7 @@ class RetrievalEvaluator:
         """Ranks every caption for every usable image and the other way round.
 
         Raises:
-            ValueError: no usable record, or an image without a caption.
+            EvalError: no usable record, or an image without a caption.
         """
         images_NxE, index_N = encode_images(self._encoder, params, self._source, self._config.name)
         captions, owner_M = self._captions(index_N)
@@ -87,9 +87,12 @@ class RetrievalEvaluator:
         captions: list[str] = []
         owner: list[int] = []
         for row, index in enumerate(index_N):
-            texts = self._source.texts(int(index))[: self._config.captions_per_image or None]
+            try:
+                texts = self._source.texts(int(index))[: self._config.captions_per_image or None]
+            except BadRecord as error:  # an image with a label in place of a caption
+                raise EvalError(f"Retrieval evaluation {self._config.name!r} needs captions, but {error}.") from error
             if not texts:
-                raise ValueError(
+                raise EvalError(
                     f"Record {index} of retrieval evaluation {self._config.name!r} has no caption; "
                     "retrieval needs a source with captions."
                 )

@@ -15,8 +15,9 @@ import numpy as np
 
 from vlm_jax.data.sources import Source
 from vlm_jax.evals import templates
-from vlm_jax.evals.base import Encoder, EvalConfig, EvalResult
+from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, EvalResult
 from vlm_jax.evals.features import encode_texts, lookahead, to_host
+from vlm_jax.schema import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,11 @@ class ZeroShotConfig(EvalConfig):
         """Opens the source.
 
         Raises:
-            ValueError: it holds no records, or nothing names the classes.
+            ConfigError: it holds no records, or nothing names the classes.
         """
         source = self.open_source(cache_dir)
         if not (self.class_names or source.class_names):
-            raise ValueError(
+            raise ConfigError(
                 f"The source of zero-shot evaluation {self.name!r} names no classes; "
                 "set class_names of that evaluation, in the order of the labels."
             )
@@ -74,7 +75,7 @@ class ZeroShotEvaluator:
         """Classifies every usable record.
 
         Raises:
-            ValueError: a label that no class name stands for, a class without examples (see
+            EvalError: a label that no class name stands for, a class without examples (see
                 `ZeroShotConfig.empty_classes`), or no usable record at all.
         """
         del step  # Draws no picture.
@@ -104,7 +105,7 @@ class ZeroShotEvaluator:
             index, label, rank = (batch[key][mask] for key in ("index", "label", "rank"))
             wrong = (label < 0) | (label >= len(self._class_names))
             if wrong.any():
-                raise ValueError(
+                raise EvalError(
                     f"Record {index[wrong][0]} of zero-shot evaluation {self._config.name!r} has label "
                     f"{label[wrong][0]}, but the {len(self._class_names)} class names stand for 0 to "
                     f"{len(self._class_names) - 1}; correct class_names of that evaluation, or the record."
@@ -112,7 +113,7 @@ class ZeroShotEvaluator:
             labels.append(label)
             ranks.append(rank)
         if not sum(map(len, labels)):
-            raise ValueError(
+            raise EvalError(
                 f"Zero-shot evaluation {self._config.name!r} found no image with a label among "
                 f"{len(self._source)} records; the log above says why."
             )
@@ -127,7 +128,7 @@ class ZeroShotEvaluator:
     def _mean_per_class(self, labels: np.ndarray, ranks: np.ndarray, counts: np.ndarray) -> float:
         empty = [name for name, count in zip(self._class_names, counts, strict=True) if not count]
         if empty and self._config.empty_classes == "error":
-            raise ValueError(
+            raise EvalError(
                 f"Zero-shot evaluation {self._config.name!r} has no example of {len(empty)} of its "
                 f"{len(self._class_names)} classes ({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}); "
                 "correct class_names or limit, or set empty_classes to 'skip'."

@@ -147,7 +147,7 @@ def export_weights(source: Path, target: Path, *, family: Family, dtype: str = "
     preprocess_settings = export_preprocess(preprocess, config.image.image_shape, family)
     params = jax.tree.map(np.asarray, model.params)
     tensors = clip.from_params(params, config, family)
-    target.mkdir(parents=True, exist_ok=True)
+    files.make_directory(target)
     files.write_weights(target / WEIGHT_FILES[family], tensors, dtype)
     if family == "hf":
         files.write_json(target / "config.json", settings)

@@ -3,15 +3,17 @@
 PyTorch is needed for pickles alone, and they are read without running any code of theirs.
 """
 
+import contextlib
 import dataclasses
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 # In a directory, the first of these that is there is read.
@@ -31,7 +33,7 @@ _DTYPES = {
 
 
 class WeightsError(ValueError):
-    """A file of weights that can't be read: the sentence names it."""
+    """A file of weights that can't be read or written: the sentence names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,16 +149,37 @@ def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
     return tensor.numpy()
 
 
+def make_directory(path: Path) -> None:
+    """Makes a directory and those above it.
+
+    Raises:
+        WeightsError: it can't be made.
+    """
+    with _writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise WeightsError(f"{path} can't be written: {why}; make room, or give another directory") from error
+
+
 def write_weights(file: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> None:
     """Writes a safetensors file as PyTorch's libraries expect it, floats in `dtype` ("float32" or "float16")."""
     # asarray, not ascontiguousarray, which would make a vector of a scalar
     cast = {name: np.asarray(value, np.dtype(dtype), order="C") for name, value in tensors.items()}
-    save_file(cast, file, {"format": "pt"})
+    with _writing(file):
+        save_file(cast, file, {"format": "pt"})
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes an indented JSON file."""
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    with _writing(file):
+        file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-__all__ = ["Weights", "WeightsError", "read_weights", "write_json", "write_weights"]
+__all__ = ["Weights", "WeightsError", "make_directory", "read_weights", "write_json", "write_weights"]

@@ -3,13 +3,14 @@
 A source knows files and keys, not image codecs, tokens or batches; those are `images`, `text` and `pipeline`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
-from vlm_jax.schema import Choice
+from vlm_jax.schema import Choice, ConfigError
 
 Record = dict[str, Any]
 """One example as it is stored: `image` (encoded bytes, uint8 [H, W, 3], or None), `texts` (tuple of captions, at
@@ -73,6 +74,16 @@ class SourceConfig(Choice):
             ConfigError: the files don't exist or hold no record; names them and the remedy.
         """
         raise TypeError(f"{type(self).__name__} is a family of sources; build one of its kinds")
+
+
+@contextlib.contextmanager
+def keys_at(path: str, others: str) -> Iterator[None]:
+    """Errors of a source name its keys as they were given: `path` for its path, and `others` before any other key."""
+    try:
+        yield
+    except ConfigError as error:
+        sentence = str(error).replace("config.data.source.path", path).replace("config.data.source.", others)
+        raise ConfigError(sentence) from error
 
 
 def checked_texts(texts: Iterable[Any], where: str, key: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlm_jax.data.sources.base import PackedStrings
 
-_VERSION = 1
+_VERSION = 2
 _log = logging.getLogger(__name__)
 
 IMAGE, TEXT, JSON, LABEL = range(4)
@@ -53,13 +53,12 @@ def shard_index(path: str, cache_dir: str) -> ShardIndex:
     beside = f"{path}.index.npz"
     name = f"{os.path.basename(path)}.{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]}.index.npz"
     places = [beside, os.path.join(cache_dir, name)] if cache_dir else [beside]
-    for place in places:
-        if (index := _read_cache(place, stamp)) is not None:
-            return index
-    index = scan(path)
-    for place in places:
-        if _write_cache(place, stamp, index):
-            break
+    cached = (index for place in places if (index := _read_cache(place, stamp)) is not None)
+    if (index := next(cached, None)) is None:
+        index = scan(path)
+        any(_write_cache(place, stamp, index) for place in places)  # the first place that takes it
+    if index.damage:
+        _log.warning("%s: %s; %d records before that are usable", path, index.damage, len(index) - 1)
     return index
 
 
@@ -82,11 +81,9 @@ def scan(path: str) -> ShardIndex:
             spans[-1][part] = member.offset_data, member.size
     if not keys:
         damage = damage or "the shard is empty: it holds no record"
-    if damage:
-        if not keys or _whole(spans[-1], os.path.getsize(path)):
-            keys.append(f"(after {keys[-1]})" if keys else "(first)")  # stands for what was lost
-            spans.append(_no_members())
-        _log.warning("%s: %s; %d records before that are usable", path, damage, len(keys) - 1)
+    if damage and (not keys or _whole(spans[-1], os.path.getsize(path))):
+        keys.append(f"(after {keys[-1]})" if keys else "(first)")  # stands for what was lost
+        spans.append(_no_members())
     return ShardIndex(PackedStrings.pack(keys), np.stack(spans), damage)
 
 
@@ -118,10 +115,19 @@ def _members(path: str) -> Iterator[tarfile.TarInfo | str]:
                 if member.offset_data + member.size > size:
                     yield f"the shard is cut short at byte {size}, inside {member.name}"
                     return
-            if archive.offset + tarfile.BLOCKSIZE > size:  # tar ends with blocks of zeros; tarfile does without
+            end = archive.offset
+            if end + tarfile.BLOCKSIZE > size:  # tar ends with blocks of zeros; tarfile does without
                 yield "the shard has no end mark, so it was probably cut short"
+            elif not _is_end_mark(path, end):  # tarfile stops at a header that it can't read, without a word
+                yield f"the shard is damaged at byte {end}: what stands there is no header of a member"
     except tarfile.TarError as error:
         yield f"the shard is cut short or damaged ({error})"
+
+
+def _is_end_mark(path: str, offset: int) -> bool:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return not file.read(tarfile.BLOCKSIZE).strip(b"\0")
 
 
 def _read_cache(place: str, stamp: np.ndarray) -> ShardIndex | None:

@@ -16,6 +16,7 @@ from vlm_jax.schema import ConfigError
 
 _SCAN_BYTES = 1 << 24
 _LINES_TRIED = 100
+_EXTRA = "(fields beyond the header)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,11 @@ class TableConfig(SourceConfig):
             raise ConfigError("config.data.source.path is empty; give the table of images and captions")
         if not os.path.isfile(self.path):
             raise ConfigError(f"config.data.source.path = {self.path!r} is not a file; check the name")
+        if self.image_root and not os.path.isdir(self.image_root):
+            raise ConfigError(
+                f"config.data.source.image_root = {self.image_root!r} is not a folder; give the one that the image "
+                f"names in {self.path} start from"
+            )
         return self.path
 
     def check_columns(self, found: Iterable[str]) -> None:
@@ -64,7 +70,8 @@ class TableConfig(SourceConfig):
                 return file.read()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             why = getattr(error, "strerror", None) or str(error)
-            raise BadRecord(self.path, key, f"its image {name!r} can't be read: {why}") from error
+            where = "" if os.path.isabs(name) else f" in {root}, the source's image_root"
+            raise BadRecord(self.path, key, f"its image {name!r} can't be read: {why}{where}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +183,12 @@ class CsvSource:
     def __init__(self, config: CsvConfig):
         self.config = config
         images, texts = [], []
-        for row in _csv_rows(config):
+        self.torn: dict[int, int] = {}  # number of fields of each row that has more than the header
+        for index, row in enumerate(_csv_rows(config)):
             images.append(row.get(config.image_key) or "")
             texts.append(row.get(config.text_key) or "")
+            if _EXTRA in row:
+                self.torn[index] = len(row) - 1 + len(row[_EXTRA])
         if not images:
             raise ConfigError(f"{config.path} holds a header and no row; give one row per image")
         self.images, self.captions = PackedStrings.pack(images), PackedStrings.pack(texts)
@@ -195,6 +205,9 @@ class CsvSource:
 
     def texts(self, index: int) -> tuple[str, ...]:
         """The caption, as a tuple of one."""
+        if index in self.torn:
+            why = f"it has {self.torn[index]} fields, more than the header; put quotes around what holds a separator"
+            raise BadRecord(self.config.path, self._key(index), why)
         return checked_texts([self.captions[index]], self.config.path, self._key(index))
 
     def _key(self, index: int) -> str:
@@ -209,6 +222,32 @@ def _csv_rows(config: CsvConfig) -> Iterator[dict[str, Any]]:
         header = file.readline()
         file.seek(0)
         separator = config.separator or max("\t,;|", key=header.count)
-        reader = csv.DictReader((line.replace("\0", "") for line in file), delimiter=separator)
+        row_lines: list[str] = []  # of the row that is being read
+        reader = csv.DictReader(_kept(file, row_lines), restkey=_EXTRA, delimiter=separator)
         config.check_columns(reader.fieldnames or ())
-        yield from reader
+        last: list[str] = []
+        for row in reader:
+            last = row_lines.copy()
+            row_lines.clear()
+            yield row
+    _check_closed(last, path, separator, reader.line_num)
+
+
+def _kept(lines: Iterable[str], kept: list[str]) -> Iterator[str]:
+    for line in lines:
+        line = line.replace("\0", "")
+        kept.append(line)
+        yield line
+
+
+def _check_closed(last_row: list[str], path: str, separator: str, line_number: int) -> None:
+    """Raises `ConfigError` when the last row's quote is never closed: it swallowed every row after the quote."""
+    try:
+        list(csv.reader(last_row, delimiter=separator, strict=True))
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            first = line_number - len(last_row) + 1
+            raise ConfigError(
+                f"{path}: a quote in line {first} is never closed, so that everything after it is one field; close it, "
+                "or write it twice where it belongs to the text"
+            ) from None

@@ -155,7 +155,7 @@ class TarSource:
         name = self.config.json_text_key
         if not isinstance(value, dict) or name not in value:
             has = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
-            raise BadRecord(where, key, f"its json has no {name!r} (config.data.source.json_text_key); it has: {has}")
+            raise BadRecord(where, key, f"its json has no {name!r} (the source's json_text_key); it has: {has}")
         return value[name] if isinstance(value[name], list) else [value[name]]
 
     def _label(self, data: bytes, where: str, key: str) -> int:
