@@ -221,7 +221,8 @@ PARENT = """
         mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         make = LabelledImages(8, PreprocessConfig())
         loader = TrainLoader(DigitsConfig().build(""), make, 16, 0, mesh, 0, DataConfig(workers=2))
-        next(loader)
+        for _ in range(2):  # the second batch is the second worker's: both have started then
+            next(loader)
         print("ready", flush=True)
         if sys.argv[1] == "close":
             loader.close()

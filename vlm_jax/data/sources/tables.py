@@ -225,6 +225,7 @@ def _csv_rows(config: CsvConfig) -> Iterator[dict[str, Any]]:
         row_lines: list[str] = []  # of the row that is being read
         reader = csv.DictReader(_kept(file, row_lines), restkey=_EXTRA, delimiter=separator)
         config.check_columns(reader.fieldnames or ())
+        row_lines.clear()  # of the header
         last: list[str] = []
         for row in reader:
             last = row_lines.copy()
