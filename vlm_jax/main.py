@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags, overrides = parse(sys.argv[1:] if arguments is None else arguments)
     from vlm_jax.checkpoint_format import CheckpointError
     from vlm_jax.data.bad_records import BadRecordBudgetExceeded
+    from vlm_jax.data.pipeline import DataWorkerError
     from vlm_jax.evals.base import EvalError
     from vlm_jax.metrics import WorkdirError
     from vlm_jax.schema import ConfigError
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    except (CheckpointError, BadRecordBudgetExceeded, EvalError, TrainingError, WorkdirError) as error:
+    except (CheckpointError, BadRecordBudgetExceeded, DataWorkerError, EvalError, TrainingError, WorkdirError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

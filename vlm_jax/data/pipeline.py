@@ -187,8 +187,23 @@ class _Stream:
         return result
 
 
+class DataWorkerError(RuntimeError):
+    """A worker process ended that should not have."""
+
+
 def _next_batch(iterator: Iterator[HostBatch], layout: _Layout) -> tuple[Batch, list[Failure]]:
-    host, failures = next(iterator)
+    try:
+        host, failures = next(iterator)
+    except RuntimeError as error:
+        # grain has no class of its own for it; errors of our own code come through it as they are.
+        if "terminated unexpectedly" not in str(error):
+            raise
+        reason = str(error).partition(". ")[0]
+        raise DataWorkerError(
+            f"a data worker process ended: {reason}. Most often the system killed it for its memory: lower "
+            "config.data.workers, config.data.prefetch or config.data.batch_size. The same command goes on from the "
+            "last checkpoint"
+        ) from error
     # What a worker made lies in shared memory, which must not live as long as the arrays on a CPU that alias it.
     owned = {key: value if value.flags.owndata else value.copy() for key, value in host.items()}
     return layout.to_global(owned), failures
