@@ -197,6 +197,18 @@ def test_sum_and_count_make_accumulation_exact(accum: int) -> None:
     np.testing.assert_array_equal(state.extra["queue"], batch["x"])  # in the order of the global batch
 
 
+@pytest.mark.parametrize("accum", [1, 2])
+def test_a_batch_in_which_nothing_counts_is_no_bad_step(accum: int) -> None:
+    """Padding alone: gradient 0, no parameter moves, and the step is not taken for one that diverged."""
+    setup, step = weighted_step(accum, AdamW(learning_rate=0.1, schedule=Constant()))
+    with jax.set_mesh(tiny.mesh(2)):
+        state, metrics = step(setup.init(), weighted_batch() | {"weight": jnp.zeros(8)})
+    assert [float(x) for x in metrics["loss"]] == [0.0, 0.0]
+    assert float(metrics["gradient_norm"][0]) == 0
+    assert int(state.nonfinite["total"]) == 0
+    np.testing.assert_array_equal(state.params["w"], [1.0, -2.0, 0.5])
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("bad_step", [0, 2])
 def test_a_bad_step_changes_nothing_and_the_next_one_counts(poison: float, bad_step: int) -> None:

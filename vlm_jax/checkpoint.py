@@ -130,10 +130,7 @@ class Checkpointer:
                 f"step {step} is older than the newest checkpoint {self.directory / str(newest)}; "
                 "restore that one, or save to another workdir"
             )
-        flat = {p: np.asarray(x) if isinstance(x, np.generic) else x for p, x in flatten_paths(state).items()}
-        scalars = [path for path, leaf in flat.items() if not isinstance(leaf, jax.Array | np.ndarray)]
-        if scalars:
-            raise CheckpointError(f"only arrays can be saved, not {', '.join(scalars)}; wrap them in an array")
+        flat = _arrays_by_path(state)
         meta = {
             **(extra_meta or {}),
             "step": step,
@@ -257,6 +254,15 @@ class Checkpointer:
             f"saving the checkpoint of step {step} to {self.directory} failed; {remains}. Make room on the disk or "
             f"mend what is named here, then start again: {reason}"
         )
+
+
+def _arrays_by_path(state: Any) -> dict[str, Any]:
+    """Path -> array of a state; raises CheckpointError for leaves that are none."""
+    flat = {p: np.asarray(x) if isinstance(x, np.generic) else x for p, x in flatten_paths(state).items()}
+    scalars = [path for path, leaf in flat.items() if not isinstance(leaf, jax.Array | np.ndarray)]
+    if scalars:
+        raise CheckpointError(f"only arrays can be saved, not {', '.join(scalars)}; wrap them in an array")
+    return flat
 
 
 def read_params(

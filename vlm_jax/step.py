@@ -190,7 +190,7 @@ def make_train_step(
         keys = _row_keys(seed, state.step, jax.tree.leaves(batch)[0].shape[0])
         gradient = _coupled_gradient if objective.coupled and accum_steps > 1 else _gradient
         (loss_sum, count), aux, gradients = gradient(objective, live, frozen, state, batch, keys, accum_steps)
-        loss = loss_sum / count
+        loss = loss_sum / _at_least_one(count)
         norm = _global_norm(gradients)
 
         updates, opt_state = optimizer.update(gradients, norm, state.opt_state, live, state.step)
@@ -201,26 +201,38 @@ def make_train_step(
         new_ema = _moving_average(state.ema, new_live, ema_decay)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(_global_norm(updates))
-        # `where` on everything, never a product with zero: 0 * nan is nan.
-        old = (state.params, state.opt_state, state.extra, state.ema)
-        new = (new_params, opt_state, new_extra, new_ema)
-        params, opt_state, extra, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        nonfinite = {
-            "total": state.nonfinite["total"] + jnp.where(finite, 0, 1).astype(jnp.int32),
-            "in_a_row": jnp.where(finite, 0, state.nonfinite["in_a_row"] + 1).astype(jnp.int32),
-        }
+        new_state = TrainState(state.step + 1, new_params, opt_state, new_extra, new_ema, state.nonfinite)
+        new_state = _unless_bad(finite, new_state, state)
         one = jnp.ones((), jnp.float32)
         metrics = dict(aux.metrics) | {
             "loss": (loss_sum, count),
             "gradient_norm": (norm, one),
             "learning_rate": (optimizer.learning_rate(state.step), one),
-            "nonfinite_steps": (nonfinite["total"].astype(jnp.float32), one),
-            "nonfinite_in_a_row": (nonfinite["in_a_row"].astype(jnp.float32), one),
+            "nonfinite_steps": (new_state.nonfinite["total"].astype(jnp.float32), one),
+            "nonfinite_in_a_row": (new_state.nonfinite["in_a_row"].astype(jnp.float32), one),
         }
-        return TrainState(state.step + 1, params, opt_state, extra, ema, nonfinite), metrics
+        return new_state, metrics
 
     out = None if state_shardings is None else (state_shardings, replicated(mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _unless_bad(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state, or for a step that was not finite the old one with the step and the count of such steps raised."""
+
+    def keep(new_tree: PyTree, old_tree: PyTree) -> PyTree:
+        # `where` on everything, never a product with zero: 0 * nan is nan.
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new_tree, old_tree)
+
+    bad = jnp.where(finite, 0, 1).astype(jnp.int32)
+    return TrainState(
+        step=new.step,
+        params=keep(new.params, old.params),
+        opt_state=keep(new.opt_state, old.opt_state),
+        extra=keep(new.extra, old.extra),
+        ema=keep(new.ema, old.ema),
+        nonfinite={"total": old.nonfinite["total"] + bad, "in_a_row": bad * (old.nonfinite["in_a_row"] + 1)},
+    )
 
 
 def _row_keys(seed: int, step: jax.Array, rows: int) -> jax.Array:
@@ -253,7 +265,7 @@ def _gradient(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients_, total_, count_, aux_.metrics))
         (gradients, total, count, metrics), updates = jax.lax.scan(body, zeros, micros)
         aux = Aux(metrics, _join(updates))
-    return (total, count), aux, jax.tree.map(lambda g: g / count, gradients)
+    return (total, count), aux, jax.tree.map(lambda g: g / _at_least_one(count), gradients)
 
 
 def _coupled_gradient(
@@ -271,7 +283,7 @@ def _coupled_gradient(
 
     def mean_loss(live: PyTree, embeddings: PyTree) -> tuple[jax.Array, tuple[Ratio, Aux]]:
         (total, count), aux = objective.pair_loss(merge(live, frozen), state.extra, embeddings, state.step)
-        return total / count, ((total, count), aux)
+        return total / _at_least_one(count), ((total, count), aux)
 
     cached = jax.lax.map(lambda micro: embed(live, micro), micros)
     grad = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)
@@ -321,6 +333,11 @@ def _moving_average(ema: PyTree, live: PyTree, decay: float | None) -> PyTree:
     if decay is None:
         return ema
     return jax.tree.map(lambda average, p: average + (1 - decay) * (p - average), ema, live)
+
+
+def _at_least_one(count: jax.Array) -> jax.Array:
+    """A count to divide by: a batch in which nothing counts has loss and gradient 0, not 0 / 0."""
+    return jnp.where(count == 0, 1.0, count)
 
 
 def _global_norm(tree: PyTree) -> jax.Array:
