@@ -5,9 +5,10 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Halves the time to compile, which is most of the time of the tests.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Size of XLA's thread pools. A virtual device that waits in a collective holds a thread, and a program has several
+# collectives at a time: with as many threads as cores, 8 devices on 2 cores wait for each other for ever.
+os.environ.setdefault("NPROC", "64")
 
 import jax
 

@@ -29,7 +29,9 @@ def start(flag: str) -> None:
     """
     virtual_devices = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if virtual_devices or jax.config.jax_num_cpu_devices > 1:  # pyright: ignore[reportAttributeAccessIssue]
-        # Two steps in flight on more virtual devices than cores can wait for each other's collectives for ever.
+        # A virtual device that waits in a collective holds a thread of XLA's pools: with as many threads as cores, or
+        # two steps in flight, devices wait for each other for ever. NPROC is XLA's size of these pools.
+        os.environ.setdefault("NPROC", "64")
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     if flag == "off" or (flag == "auto" and not any(test(os.environ.get(n, "")) for n, test in _CLUSTER.items())):
         return
