@@ -28,7 +28,7 @@ PROFILE = {
 def test_towers_match_the_published_profile(name):
     (width, depth, size, patch), (text_width, text_depth), embed, expected = PROFILE[name]
     image = flops.vit_flops(
-        width=width, depth=depth, mlp_dim=4 * width, image_size=size, patch_size=patch, embed_dim=embed
+        width=width, depth=depth, mlp_dim=4 * width, patches=(size // patch) ** 2, patch_size=patch, embed_dim=embed
     )
     text = flops.text_flops(width=text_width, depth=text_depth, mlp_dim=4 * text_width, tokens=77, embed_dim=embed)
     counted = {"image": image, "text": text, "sum": image + text}
@@ -69,7 +69,7 @@ def test_vit_formula_equals_the_jaxpr_of_a_hand_written_tower():
         jnp.zeros((width, embed)),
     )
     expected = flops.vit_flops(
-        width=width, depth=depth, mlp_dim=mlp_dim, image_size=size, patch_size=patch, embed_dim=embed
+        width=width, depth=depth, mlp_dim=mlp_dim, patches=(size // patch) ** 2, patch_size=patch, embed_dim=embed
     )
     assert flops.count_dot_flops(jax.jit(tower), *arguments) == expected
 

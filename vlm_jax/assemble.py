@@ -3,6 +3,7 @@ build them here, so that what is planned or evaluated is what is trained.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -30,14 +31,23 @@ class Program:
         mesh: the devices.
         objective: the method and its model.
         setup: shapes, shardings, parts, optimiser and initial state.
-        step: the jitted train step.
+        steps: (first step, jitted train step from there on), one for each phase of the method.
     """
 
     config: Config
     mesh: Mesh
     objective: ModelObjective
     setup: Setup
-    step: StepFunction
+    steps: tuple[tuple[int, StepFunction], ...]
+
+    @property
+    def step(self) -> StepFunction:
+        """The train step of the first phase."""
+        return self.steps[0][1]
+
+    def step_at(self, index: int) -> StepFunction:
+        """The train step that makes step `index` of the run."""
+        return next(step for first, step in reversed(self.steps) if index >= first)
 
 
 def build_program(config: Config, mesh: Mesh | None = None) -> Program:
@@ -45,7 +55,12 @@ def build_program(config: Config, mesh: Mesh | None = None) -> Program:
     if mesh is None:
         config.check_devices(jax.device_count())
         mesh = make_mesh(config.mesh)
-    objective = config.objective.build(config.data.preprocess, config.compute_dtype(mesh.devices.flat[0].platform))
+    dtype = config.compute_dtype(mesh.devices.flat[0].platform)
+    phases = [
+        (first, phase.build(config.data.preprocess, dtype))
+        for first, phase in config.objective.phases(config.train.steps)
+    ]
+    objective = phases[0][1]
     setup = make_setup(
         objective,
         config.optimizer,
@@ -55,17 +70,17 @@ def build_program(config: Config, mesh: Mesh | None = None) -> Program:
         seed=config.seed,
         ema=config.train.ema_decay is not None,
     )
-    step = make_train_step(
-        objective,
-        setup.optimizer,
-        setup.parts,
-        mesh,
-        config.train.accum_steps,
+    step = functools.partial(
+        make_train_step,
+        optimizer=setup.optimizer,
+        parts=setup.parts,
+        mesh=mesh,
+        accum_steps=config.train.accum_steps,
         seed=config.seed,
         ema_decay=config.train.ema_decay,
         state_shardings=jax.tree.map(lambda x: x.sharding, setup.abstract),
     )
-    return Program(config, mesh, objective, setup, step)
+    return Program(config, mesh, objective, setup, tuple((first, step(phase)) for first, phase in phases))
 
 
 def build_run_tokenizer(config: Config, source: Source, saved: Mapping[str, Any] | None) -> Tokenizer:

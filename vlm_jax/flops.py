@@ -83,27 +83,46 @@ def transformer_flops(width: int, depth: int, mlp_dim: int, tokens: int) -> int:
 
 
 def vit_flops(
-    *, width: int, depth: int, mlp_dim: int, image_size: int, patch_size: int, embed_dim: int, extra_tokens: int = 1
+    *,
+    width: int,
+    depth: int,
+    mlp_dim: int,
+    patches: int,
+    patch_size: int,
+    embed_dim: int,
+    extra_tokens: int = 1,
+    kept_patches: int | None = None,
+    map_head: bool = False,
 ) -> int:
-    """Forward FLOPs of a ViT tower for one RGB image, patch embedding and the projection of one token included.
+    """Forward FLOPs of a ViT tower for one RGB image: patch embedding, blocks, pooling, projection of one vector.
 
     Args:
         width: of the residual stream.
         depth: number of blocks.
         mlp_dim: hidden width of the MLP.
-        image_size: side in pixels.
+        patches: number of patches.
         patch_size: side in pixels.
         embed_dim: width of the joint space; 0 where there is no projection.
         extra_tokens: class token and registers.
+        kept_patches: how many of the patches go through the blocks (FLIP); None: all.
+        map_head: whether attention by one learned query pools the tokens (SigLIP).
     """
-    patches = (image_size // patch_size) ** 2
+    tokens = (patches if kept_patches is None else kept_patches) + extra_tokens
     embedding = 2 * patches * 3 * patch_size**2 * width
-    return embedding + transformer_flops(width, depth, mlp_dim, patches + extra_tokens) + 2 * width * embed_dim
+    pooling = attention_pool_flops(width, tokens, mlp_dim=mlp_dim) if map_head else 0
+    return embedding + transformer_flops(width, depth, mlp_dim, tokens) + pooling + 2 * width * embed_dim
 
 
-def text_flops(*, width: int, depth: int, mlp_dim: int, tokens: int, embed_dim: int) -> int:
+def attention_pool_flops(width: int, tokens: int, queries: int = 1, mlp_dim: int = 0) -> int:
+    """Forward FLOPs of `queries` learned queries that attend to `tokens`, with an MLP on each where there is one."""
+    projections = 2 * (2 * queries + 2 * tokens) * width * width
+    return projections + 2 * (2 * queries * tokens * width) + 2 * queries * 2 * width * mlp_dim
+
+
+def text_flops(*, width: int, depth: int, mlp_dim: int, tokens: int, embed_dim: int, map_head: bool = False) -> int:
     """Forward FLOPs of a text tower for one caption of `tokens` positions; the lookup of embeddings is free."""
-    return transformer_flops(width, depth, mlp_dim, tokens) + 2 * width * embed_dim
+    pooling = attention_pool_flops(width, tokens, mlp_dim=mlp_dim) if map_head else 0
+    return transformer_flops(width, depth, mlp_dim, tokens) + pooling + 2 * width * embed_dim
 
 
 def count_dot_flops(function: Callable[..., Any], *arguments: Any) -> int:

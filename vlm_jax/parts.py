@@ -18,9 +18,11 @@ from vlm_jax.schema import ConfigError
 
 PyTree = Any
 
-# Gains, biases, scalars and the class token: what the CLIP paper (2.5) and its reproductions leave undecayed. By name,
-# not by number of axes: in a stack of layers a bias has two.
-GAINS_AND_BIASES = r"(.*/)?(bias|scale|layer_scale\w*|class_token|registers|logit_scale|logit_bias)"
+# Gains, biases, scalars and the class token: what the CLIP paper (2.5) and its reproductions leave undecayed, and the
+# running statistics of batch norms. By name, not by number of axes: in a stack of layers a bias has two.
+GAINS_AND_BIASES = (
+    r"(.*/)?(bias|scale|layer_scale\w*|class_token|registers|logit_scale|logit_bias|running_mean|running_variance)"
+)
 # What stands before the first block, for layer-wise decay (BEiT, MAE: layer 0).
 _EMBEDDINGS = re.compile(r"(.*/)?(patch_embed|pos_embed|class_token|registers|token_embed|ln_pre)(/.*)?")
 _BLOCKS = re.compile(r"(.*/)?blocks/.*")

@@ -86,8 +86,12 @@ class Objective:
         """The loss of the whole batch from its embeddings."""
         raise TypeError(f"{type(self).__name__} defines no pair_loss; a coupled objective needs embed and pair_loss")
 
-    def constrain(self, params: PyTree) -> PyTree:
-        """The parameters after an update, brought back to where they are allowed to be (CLIP's scale)."""
+    def constrain(self, params: PyTree, updates: PyTree) -> PyTree:
+        """The parameters after an update, brought back to where they are allowed to be (CLIP's scale).
+
+        Parameters without a gradient that follow the data (the running statistics of a batch norm) are moved here
+        too; `updates` come from `Aux`.
+        """
         return params
 
     def after(self, extra: PyTree, params: PyTree, updates: PyTree, step: jax.Array) -> PyTree:
@@ -195,7 +199,7 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(gradients, norm, state.opt_state, live, state.step)
         new_live = jax.tree.map(lambda p, u: p + u, live, updates)
-        new_params = objective.constrain(merge(new_live, frozen))
+        new_params = objective.constrain(merge(new_live, frozen), aux.updates)
         new_extra = objective.after(state.extra, new_params, aux.updates, state.step)
         new_live, _ = parts.split(new_params)
         new_ema = _moving_average(state.ema, new_live, ema_decay)

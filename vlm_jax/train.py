@@ -147,7 +147,7 @@ class _Run:
                 batch: Batch = next(self.loader)
             self._profile()
             with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
-                self.state, metrics = self.program.step(self.state, batch)
+                self.state, metrics = self.program.step_at(self.step)(self.state, batch)
             self.step += 1
             # The metrics of the step before are read only now: the device never waits for the host.
             self._log(pending)

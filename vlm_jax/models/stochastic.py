@@ -51,5 +51,5 @@ def drop_patches(x_BxTxD: jax.Array, rate: float, keys: jax.Array | None) -> jax
 
 
 def kept_patches(count: int, rate: float) -> int:
-    """How many of `count` patches stay."""
+    """How many of `count` patches stay at a dropped share of `rate`."""
     return max(1, int(count * (1 - rate)))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 
+from vlm_jax.flops import text_flops
 from vlm_jax.mesh import constrain
 from vlm_jax.models.initializers import INITIALIZERS, InitName
 from vlm_jax.models.norms import LayerNorm
@@ -47,6 +48,17 @@ class TextConfig(TransformerConfig):
                 yield key, f"= {value} is no id of a vocabulary of {self.vocab_size}"
         if self.causal and self.pool == "first":
             yield "pool", "= 'first' under causal attention sees one token only; set causal = false or pool by another"
+
+    def forward_flops(self, embed_dim: int) -> int:
+        """Model FLOPs of one text's forward pass, with a projection to `embed_dim` (0: none)."""
+        return text_flops(
+            width=self.width,
+            depth=self.depth,
+            mlp_dim=self.mlp_dim,
+            tokens=self.length,
+            embed_dim=embed_dim,
+            map_head=self.pool == "map",
+        )
 
 
 class TextTower(nn.Module):

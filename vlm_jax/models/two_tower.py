@@ -11,17 +11,18 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.nn.initializers import constant
 
+from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.models.projection import ProjectionConfig
 from vlm_jax.models.stochastic import fold_in
 from vlm_jax.models.text import TextConfig, TextTower
-from vlm_jax.models.vit import ViT, ViTConfig
+from vlm_jax.models.vit import ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class TwoTowerConfig:
     """A dual encoder; the defaults are CLIP's ViT-B/32."""
 
-    image: ViTConfig = dataclasses.field(default_factory=ViTConfig)  # the image tower
+    image: ImageTowerConfig = dataclasses.field(default_factory=ViTConfig)  # the image tower
     text: TextConfig = dataclasses.field(default_factory=TextConfig)  # the text tower
     embed_dim: int = 512  # dimension of the joint space
     projection: Literal["linear", "mlp", "none"] = "linear"  # head of both towers; "none": their widths are embed_dim
@@ -33,12 +34,17 @@ class TwoTowerConfig:
         """Values that can't be built."""
         if self.embed_dim < 1:
             yield "embed_dim", f"= {self.embed_dim} must be at least 1"
-        if self.image.pool == "none":
+        if not self.image.pools:
             yield "image.pool", "= 'none' leaves no vector to compare with the text; use 'cls', 'mean' or 'map'"
         if self.projection == "none":
-            for tower, width in (("image", self.image.width), ("text", self.text.width)):
+            for tower, width in (("image", self.image.pooled_width), ("text", self.text.width)):
                 if width != self.embed_dim:
                     yield "projection", f"= 'none' needs {tower}.width {width} to be embed_dim {self.embed_dim}"
+
+    def forward_flops(self) -> int:
+        """Model FLOPs of one pair's forward pass."""
+        embed_dim = 0 if self.projection == "none" else self.embed_dim
+        return self.image.forward_flops(embed_dim) + self.text.forward_flops(embed_dim)
 
     def head(self, bias: bool) -> ProjectionConfig | None:
         """The head of a tower."""
@@ -64,7 +70,7 @@ class TwoTower(nn.Module):
     def setup(self) -> None:
         """Declares towers and scalars."""
         config = self.config
-        self.image = ViT(config.image, config.head(bias=False), self.dtype)
+        self.image = config.image.build(config.head(bias=False), self.dtype)
         self.text = TextTower(config.text, config.head(config.text_projection_bias), self.dtype)
         self.logit_scale = self.param("logit_scale", constant(config.logit_scale_init), (), jnp.float32)
         if config.logit_bias_init is not None:
@@ -109,13 +115,23 @@ class TwoTower(nn.Module):
         """Normalised float [B, H, W, 3] -> features [B, E] fp32; the same numbers as `__call__`."""
         return _features(self.image(images, fold_in(keys, 0)), normalize)
 
+    def image_vectors(self, images: jax.Array, which: str) -> jax.Array:
+        """Normalised float [B, H, W, 3] -> fp32 vectors, not normalised: "pooled" [B, D] or "embedding" [B, E]."""
+        outputs = self.image(images)
+        return (outputs["pooled"] if which == "pooled" else _embedding(outputs)).astype(jnp.float32)
+
     def encode_text(self, texts: jax.Array, keys: jax.Array | None = None, *, normalize: bool = True) -> jax.Array:
         """int32 [B, L] -> features [B, E] fp32; the same numbers as `__call__`."""
         return _features(self.text(texts, fold_in(keys, 1)), normalize)
 
 
+def _embedding(outputs: dict[str, jax.Array]) -> jax.Array:
+    """The vector in the joint space, which a tower without a projection pools directly."""
+    return outputs.get("embedding", outputs["pooled"])
+
+
 def _features(outputs: dict[str, jax.Array], normalize: bool) -> jax.Array:
-    features = outputs.get("embedding", outputs["pooled"]).astype(jnp.float32)
+    features = _embedding(outputs).astype(jnp.float32)
     if not normalize:
         return features
     # rsqrt of a clamped square, not a division by a norm: the gradient of a norm at zero is NaN.

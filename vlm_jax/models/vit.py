@@ -9,20 +9,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 
+from vlm_jax.flops import vit_flops
 from vlm_jax.mesh import constrain
+from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.models.initializers import INITIALIZERS, Initializers, InitName
 from vlm_jax.models.norms import LayerNorm
 from vlm_jax.models.patches import PatchEmbed
 from vlm_jax.models.pooling import MapHead, mean_tokens
 from vlm_jax.models.position import sincos_2d
 from vlm_jax.models.projection import ProjectionConfig, project
-from vlm_jax.models.stochastic import drop_patches, fold_in
+from vlm_jax.models.stochastic import drop_patches, fold_in, kept_patches
 from vlm_jax.models.transformer import TransformerConfig, run_blocks
 from vlm_jax.models.weights import weight
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(TransformerConfig):
+class ViTConfig(TransformerConfig, ImageTowerConfig):
     """An image tower; the defaults are CLIP's ViT-B/32."""
 
     image_size: tuple[int, int] | int = 224  # (height, width) in pixels, or the side of a square
@@ -44,6 +46,11 @@ class ViTConfig(TransformerConfig):
         return height // self.patch_size, width // self.patch_size
 
     @property
+    def patches(self) -> int:
+        """Number of patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
     def image_shape(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
@@ -52,6 +59,43 @@ class ViTConfig(TransformerConfig):
     def prefix_tokens(self) -> int:
         """Tokens before the patches: class token and registers."""
         return int(self.class_token) + self.registers
+
+    @property
+    def pools(self) -> bool:
+        """Whether the tower makes one vector of an image."""
+        return self.pool != "none"
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of "pooled"."""
+        return self.width
+
+    @property
+    def token_width(self) -> int:
+        """Channels of "tokens"."""
+        return self.width
+
+    def build(self, projection: ProjectionConfig | None, dtype: Dtype) -> "ViT":
+        """The module."""
+        return ViT(self, projection, dtype)
+
+    def forward_flops(self, embed_dim: int) -> int:
+        """See the base."""
+        return vit_flops(
+            width=self.width,
+            depth=self.depth,
+            mlp_dim=self.mlp_dim,
+            patches=self.patches,
+            patch_size=self.patch_size,
+            embed_dim=embed_dim,
+            extra_tokens=self.prefix_tokens,
+            kept_patches=kept_patches(self.patches, self.patch_dropout),
+            map_head=self.pool == "map",
+        )
+
+    def without_dropped_patches(self) -> "ViTConfig":
+        """See the base."""
+        return dataclasses.replace(self, patch_dropout=0.0)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that can't be built."""
@@ -148,7 +192,7 @@ class ViT(nn.Module):
         config = self.config
         if config.pos_embed == "sincos":
             return jnp.asarray(sincos_2d(config.grid, config.width, class_positions), self.dtype)
-        shape = (class_positions + config.grid[0] * config.grid[1], config.width)
+        shape = (class_positions + config.patches, config.width)
         return weight(self, "pos_embed", init.position, (None, "embed"), shape).astype(self.dtype)
 
     def _pool(self, x: jax.Array, init: Initializers) -> dict[str, jax.Array]:

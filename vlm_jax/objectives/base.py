@@ -56,6 +56,13 @@ class ObjectiveConfig(Choice):
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises `ConfigError` when the tokenizer, once it is built, does not fit the model."""
 
+    def phases(self, total_steps: int) -> "tuple[tuple[int, ObjectiveConfig], ...]":
+        """(first step, method from there on), ascending from step 0, for a run of `total_steps`.
+
+        The phases share parameters and batches; each compiles a step of its own.
+        """
+        return ((0, self),)
+
     def train_flops(self) -> float:
         """Model FLOPs of one example's forward and backward pass."""
         raise TypeError(f"{type(self).__name__} defines no train_flops")
@@ -67,7 +74,10 @@ class ModelObjective(Objective):
     Attributes:
         module: the Flax module; `module.apply({"params": params}, ...)`.
         preprocess: its normalisation.
+        joint_space: whether features of images and texts may be compared; else `prompt_scores` compares them.
     """
+
+    joint_space: bool = True
 
     module: nn.Module
     preprocess: PreprocessConfig
@@ -83,6 +93,20 @@ class ModelObjective(Objective):
     def text_features(self, params: Any, texts: jax.Array) -> jax.Array:
         """int32 [B, L] -> L2-normalised fp32 [B, E]."""
         raise TypeError(f"{type(self).__name__} has no text features")
+
+    def image_vectors(self, params: Any, images: jax.Array, which: str) -> jax.Array:
+        """uint8 or normalised float [B, H, W, 3] -> fp32 [B, D], what classifiers on frozen features are trained on.
+
+        Args:
+            params: of the model.
+            images: the images.
+            which: "pooled", before the projection (CLIP's linear probes), or "embedding", after it; not normalised.
+        """
+        raise TypeError(f"{type(self).__name__} has no image vectors")
+
+    def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
+        """uint8 images [B, H, W, 3] and int32 texts [P, L] -> fp32 [B, P]; the higher, the better they match."""
+        raise TypeError(f"{type(self).__name__} compares images and texts by their features")
 
 
 def normalise_images(images: jax.Array, preprocess: PreprocessConfig) -> jax.Array:
