@@ -10,10 +10,21 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # collectives at a time: with as many threads as cores, 8 devices on 2 cores wait for each other for ever.
 os.environ.setdefault("NPROC", "64")
 
+from pathlib import Path
+
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Two programs with collectives in flight on more virtual devices than cores can wait for each other for ever.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 # A silent broadcast of [B] against [B, 1] is the classic wrong loss: it is an error in every test.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the checkpoints 1 and 2, not to be changed."""
+    from checkpoint_runs import two_steps_in  # its imports use JAX, which must be configured by then
+
+    return two_steps_in(tmp_path_factory.mktemp("two_steps"))

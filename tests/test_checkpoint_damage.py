@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ from checkpoint_runs import (
     make_mesh,
     make_state,
     save,
-    two_steps_in,
 )
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -32,12 +30,6 @@ from vlm_jax.checkpoint import (
 
 # Orbax abandons what it was doing when it meets damage; pytest drops the filter that the package installs.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'Store", "ignore:Exception ignored in")
-
-
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory) -> Path:
-    """A directory with the checkpoints 1 and 2."""
-    return two_steps_in(tmp_path_factory.mktemp("two_steps"))
 
 
 def test_a_damaged_newest_step_is_named_moved_and_its_elder_used(two_steps, tmp_path, caplog):

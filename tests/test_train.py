@@ -173,5 +173,7 @@ def compiles_of_the_step(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_a_profile_of_chosen_steps(tmp_path: Path) -> None:
-    assert train_tiny(tmp_path, train__steps=4, train__profile_start=1, train__profile_steps=2, evals="()") == 0
-    assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))
+    for name, count in (("inside", 2), ("beyond_the_last_step", 9)):
+        profile = {"train__profile_start": 1, "train__profile_steps": count}
+        assert train_tiny(tmp_path / name, train__steps=4, evals="()", **profile) == 0
+        assert list((tmp_path / name / "tensorboard").rglob("*.xplane.pb"))

@@ -11,14 +11,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from vlm_jax.config import Config
+from vlm_jax.checkpoint import read_checkpoint_meta, read_params
+from vlm_jax.config import Config, from_json
 from vlm_jax.data.captions import captions
 from vlm_jax.data.sources import Source
 from vlm_jax.data.text import SentencePieceConfig, Tokenizer, build_tokenizer
 from vlm_jax.evals.base import Evaluator
 from vlm_jax.evals.encoder import MeshEncoder
-from vlm_jax.mesh import make_mesh
+from vlm_jax.mesh import make_mesh, shardings
 from vlm_jax.objectives.base import ModelObjective
+from vlm_jax.schema import override
 from vlm_jax.step import Setup, StepFunction, make_setup, make_train_step
 
 
@@ -83,6 +85,51 @@ def build_program(config: Config, mesh: Mesh | None = None) -> Program:
     return Program(config, mesh, objective, setup, tuple((first, step(phase)) for first, phase in phases))
 
 
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint's model without the rest of the training state.
+
+    Attributes:
+        config: that of the checkpoint, with overrides.
+        objective: the method and its model.
+        params: nested dict of fp32 arrays; the moving average where the run kept one.
+        tokenizer: that of the checkpoint; None for a model without text.
+        step: optimiser steps that the parameters have seen.
+    """
+
+    config: Config
+    objective: ModelObjective
+    params: Any
+    tokenizer: Tokenizer | None
+    step: int
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], mesh: Mesh | None, overrides: Mapping[str, Any] | None = None
+) -> Restored:
+    """The model of a checkpoint, built from the config that lies in it.
+
+    Args:
+        path: a workdir (its newest checkpoint), a step directory, or an imported checkpoint.
+        mesh: where the parameters shall lie, sharded as in training; None: whole on one device.
+        overrides: dotted keys to change in the saved config.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint.
+        ConfigError: the overrides don't fit the saved config.
+    """
+    meta = read_checkpoint_meta(path)
+    config = override(from_json(meta["config"]), overrides or {})
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    objective = config.objective.build(config.data.preprocess, config.compute_dtype(platform))
+    placement = None
+    if mesh is not None:
+        placement = shardings(jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), mesh)
+    params, _ = read_params(path, shardings=placement)
+    tokenizer = None if meta["tokenizer"] is None else Tokenizer.from_state(meta["tokenizer"])
+    return Restored(config, objective, params, tokenizer, int(meta.get("step", 0)))
+
+
 def build_run_tokenizer(config: Config, source: Source, saved: Mapping[str, Any] | None) -> Tokenizer:
     """The tokenizer of a checkpoint if there is one, else that of the config; checked against the model.
 
@@ -99,7 +146,7 @@ def build_run_tokenizer(config: Config, source: Source, saved: Mapping[str, Any]
 
 
 def build_evaluators(
-    config: Config, objective: ModelObjective, tokenizer: Tokenizer, mesh: Mesh, cache_dir: str
+    config: Config, objective: ModelObjective, tokenizer: Tokenizer | None, mesh: Mesh, cache_dir: str
 ) -> list[tuple[int, Evaluator]]:
     """(every, evaluator) of each evaluation of the config; `every` = 0: whenever the loop evaluates."""
     encoder = MeshEncoder(objective, tokenizer, config.objective.image_size, mesh, config.data.batch_size)

@@ -95,7 +95,6 @@ class Checkpointer:
         preprocess: Mapping[str, Any],
         extra_meta: Mapping[str, Any] | None = None,
         force: bool = False,
-        finite: bool = True,
     ) -> bool:
         """Starts writing a checkpoint and returns; the state's buffers may be donated or overwritten at once.
 
@@ -108,17 +107,14 @@ class Checkpointer:
             preprocess: what rebuilds the evaluation preprocessing, plain data.
             extra_meta: further plain data.
             force: save off the schedule of `due`.
-            finite: False refuses the save, so that a diverged state never becomes the newest checkpoint.
 
         Returns:
             Whether a save was started; False off schedule, or where `step` is saved already.
 
         Raises:
-            CheckpointError: a non-finite state, a step older than the newest checkpoint, or this or the previous
+            CheckpointError: a step older than the newest checkpoint, or this or the previous
                 save failed, as on a full disk; earlier checkpoints stay as they are.
         """
-        if not finite:
-            raise CheckpointError(f"the state of step {step} holds values that are not finite; it isn't saved")
         if not (force or self.due(step)):
             return False
         self.wait()

@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 
-from vlm_jax.assemble import build_evaluators, index_directory
-from vlm_jax.checkpoint import read_checkpoint_meta, read_params
+from vlm_jax.assemble import build_evaluators, index_directory, open_checkpoint
+from vlm_jax.checkpoint import read_checkpoint_meta
 from vlm_jax.config import Config, from_json
-from vlm_jax.data.text import Tokenizer
 from vlm_jax.evals.base import Evaluator
-from vlm_jax.mesh import make_mesh, shardings, unbox
+from vlm_jax.mesh import make_mesh
 from vlm_jax.metrics import MetricWriter, write_json
 from vlm_jax.schema import ConfigError, override
 
@@ -43,23 +42,19 @@ def evaluate_checkpoint(
         ConfigError: the config names no evaluation, or asks for what the checkpoint's model can't do.
         CheckpointError: no usable checkpoint there.
     """
-    meta = read_checkpoint_meta(checkpoint)
-    saved = from_json(meta["config"])
     if config is not None:
-        saved = override(saved, {"evals": config.evals})
-    saved = override(saved, overrides)
+        overrides = {"evals": config.evals} | overrides
+    # The mesh is part of what the overrides may change, so it is read before the parameters are.
+    saved = override(from_json(read_checkpoint_meta(checkpoint)["config"]), overrides)
     if not saved.evals:
         raise ConfigError("config.evals is empty: there is nothing to evaluate; name evaluations in the config file")
     mesh = make_mesh(saved.mesh)
-    objective = saved.objective.build(saved.data.preprocess, saved.compute_dtype())
-    tokenizer = Tokenizer.from_state(meta["tokenizer"])
-    boxed = jax.eval_shape(lambda: objective.init(jax.random.key(0))[0])
     with jax.set_mesh(mesh):
-        params, _ = read_params(checkpoint, shardings=shardings(boxed, mesh))
+        restored = open_checkpoint(checkpoint, mesh, overrides)
         writer = MetricWriter(workdir, is_primary=jax.process_index() == 0)
-        evaluators = build_evaluators(saved, objective, tokenizer, mesh, index_directory(workdir))
-        metrics = evaluate([evaluator for _, evaluator in evaluators], unbox(params), int(meta.get("step", 0)), writer)
+        evaluators = build_evaluators(saved, restored.objective, restored.tokenizer, mesh, index_directory(workdir))
+        metrics = evaluate([evaluator for _, evaluator in evaluators], restored.params, restored.step, writer)
         writer.close()
     if jax.process_index() == 0:
-        write_json(os.path.join(workdir, "eval.json"), {"step": int(meta.get("step", 0)), **metrics})
+        write_json(os.path.join(workdir, "eval.json"), {"step": restored.step, **metrics})
     return metrics

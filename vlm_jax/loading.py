@@ -9,12 +9,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from vlm_jax.checkpoint import read_checkpoint_meta, read_params
-from vlm_jax.config import Config, from_json
+from vlm_jax.assemble import Restored, open_checkpoint
 from vlm_jax.data import images
-from vlm_jax.data.text import Tokenizer
-from vlm_jax.mesh import shardings
-from vlm_jax.objectives.base import ModelObjective
 
 
 class Model:
@@ -28,10 +24,15 @@ class Model:
         step: optimiser steps that the parameters have seen.
     """
 
-    def __init__(self, objective: ModelObjective, params: Any, config: Config, tokenizer: Tokenizer | None, step: int):
-        self.params, self.config, self.tokenizer, self.step = params, config, tokenizer, step
+    def __init__(self, restored: Restored):
+        self.params, self.config, self.tokenizer, self.step = (
+            restored.params,
+            restored.config,
+            restored.tokenizer,
+            restored.step,
+        )
+        self._objective = objective = restored.objective
         self.module: nn.Module = objective.module
-        self._objective = objective
         self._outputs = jax.jit(lambda params, batch: objective.outputs(params, batch, intermediates=True))
         self._image, self._text = jax.jit(objective.image_features), jax.jit(objective.text_features)
 
@@ -99,12 +100,4 @@ def load(path: str | os.PathLike[str], mesh: Mesh | None = None) -> Model:
     Raises:
         CheckpointError: there is no usable checkpoint.
     """
-    meta = read_checkpoint_meta(path)
-    config = from_json(meta["config"])
-    objective = config.objective.build(config.data.preprocess, config.compute_dtype())
-    placement = None
-    if mesh is not None:
-        placement = shardings(jax.eval_shape(lambda: objective.init(jax.random.key(0))[0]), mesh)
-    params, _ = read_params(path, shardings=placement)
-    tokenizer = None if meta["tokenizer"] is None else Tokenizer.from_state(meta["tokenizer"])
-    return Model(objective, params, config, tokenizer, int(meta.get("step", 0)))
+    return Model(open_checkpoint(path, mesh))

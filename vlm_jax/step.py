@@ -209,7 +209,8 @@ def make_train_step(
         new_state = _unless_bad(finite, new_state, state)
         one = jnp.ones((), jnp.float32)
         metrics = dict(aux.metrics) | {
-            "loss": (loss_sum, count),
+            # a batch in which nothing counts has loss 0 in the log too, as it has for the update
+            "loss": (loss_sum, _at_least_one(count)),
             "gradient_norm": (norm, one),
             "learning_rate": (optimizer.learning_rate(state.step), one),
             "nonfinite_steps": (new_state.nonfinite["total"].astype(jnp.float32), one),

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from vlm_jax.assemble import Program, build_evaluators, build_program, build_run_tokenizer, index_directory
 from vlm_jax.checkpoint import Checkpointer, CheckpointError
@@ -74,6 +76,7 @@ class _Run:
         config = program.config
         self.config, self.program, self.workdir, self.started = config, program, workdir, started
         self.is_primary = jax.process_index() == 0
+        self.profiling = False
         self.console = Console(config.train.steps, is_primary=self.is_primary)
         self.checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint)
         self._check_same_run()
@@ -242,11 +245,13 @@ class _Run:
         return 0
 
     def _evaluated(self) -> bool:
-        """Whether the last evaluation stands in eval.json: the command of a finished run was given again."""
+        """Whether the last evaluation stands in eval.json: the command of a finished run was given again.
+
+        The primary process looks and tells the others, which may not see its workdir.
+        """
         path = os.path.join(self.workdir, "eval.json")
-        if not os.path.exists(path):
-            return False
-        return read_json(path).get("step") == self.step
+        found = self.is_primary and os.path.exists(path) and read_json(path).get("step") == self.step
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(found))) if jax.process_count() > 1 else found
 
     def _evaluate(self) -> None:
         last = self.step == self.config.train.steps
@@ -270,11 +275,16 @@ class _Run:
 
     def _profile(self) -> None:
         start, count = self.config.train.profile_start, self.config.train.profile_steps
-        if not count:
-            return
-        if self.step == start:
+        if count and self.step == start:
             jax.profiler.start_trace(os.path.join(self.workdir, "tensorboard"))
-        elif self.step == start + count:
+            self.profiling = True
+        elif self.step >= start + count:
+            self._stop_profile()
+
+    def _stop_profile(self) -> None:
+        """Ends a profile that is being taken: after its steps, or with the run when that ends before them."""
+        if self.profiling:
+            self.profiling = False
             jax.block_until_ready(self.state.step)
             jax.profiler.stop_trace()
 
@@ -283,3 +293,4 @@ class _Run:
         with contextlib.ExitStack() as stack:  # one that fails keeps no other from closing
             for part in (self.checkpointer, self.console, self.writer, self.loader):
                 stack.callback(part.close)
+            stack.callback(self._stop_profile)
