@@ -10,21 +10,15 @@ fi
 count=$1
 shift
 cd "$(dirname "$0")/.." || exit 1
+# shellcheck source=launch/signals.sh
+source launch/signals.sh
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-pids=()
 for ((index = 0; index < count; index++)); do
-  python -m vlm_jax.main "$@" "--distributed=127.0.0.1:$port,$count,$index" &
-  pids+=($!)
+  begin python -m vlm_jax.main "$@" "--distributed=127.0.0.1:$port,$count,$index"
 done
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 code=0
-for pid in "${pids[@]}"; do
-  wait "$pid"
-  status=$?
-  while kill -0 "$pid" 2>/dev/null; do # a trapped signal ends `wait` before the process has ended
-    wait "$pid"
-    status=$?
-  done
-  [[ $code -eq 0 ]] && code=$status
+for pid in "${children[@]}"; do
+  await "$pid"
+  if [[ $code -eq 0 ]]; then code=$status; fi
 done
 exit "$code"

@@ -1,18 +1,22 @@
 """Starting several processes as one job. On one process it does nothing."""
 
+import glob
+import importlib.util
 import os
 
 import jax
 
 from vlm_jax.schema import ConfigError
 
-# Set on the hosts of a TPU pod slice, by Slurm and by Open MPI: JAX finds everything else by itself there.
+# Set on the hosts of a TPU slice by GKE, by Slurm and by Open MPI: JAX finds everything else by itself there.
 _CLUSTER = {
     "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
     "MEGASCALE_COORDINATOR_ADDRESS": bool,
     "SLURM_NTASKS": lambda value: value.isdecimal() and int(value) > 1,
     "OMPI_COMM_WORLD_SIZE": lambda value: value.isdecimal() and int(value) > 1,
 }
+# How the chips appear on a TPU VM, whose hosts learn of each other from a metadata server and not the environment.
+_TPU_DEVICE_FILES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 # A process that dies is noticed by the others within this time (JAX's default is 100 s).
 _HEARTBEAT_SECONDS = 60
 
@@ -21,8 +25,8 @@ def start(flag: str) -> None:
     """Joins this process to its job; call it before anything touches a device.
 
     Args:
-        flag: "auto" joins when the environment speaks of several hosts; "on" always lets JAX find the job; "off"
-            never joins; "HOST:PORT,COUNT,INDEX" names coordinator, number of processes and this one's index.
+        flag: "auto" joins when the environment speaks of several hosts, and on TPU VMs; "on" always lets JAX find the
+            job; "off" never joins; "HOST:PORT,COUNT,INDEX" names coordinator, number of processes and this one's index.
 
     Raises:
         ConfigError: a flag that is none of these.
@@ -33,10 +37,16 @@ def start(flag: str) -> None:
         # two steps in flight, devices wait for each other for ever. NPROC is XLA's size of these pools.
         os.environ.setdefault("NPROC", "64")
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if flag == "off" or (flag == "auto" and not any(test(os.environ.get(n, "")) for n, test in _CLUSTER.items())):
+    several_hosts = any(test(os.environ.get(name, "")) for name, test in _CLUSTER.items())
+    if flag == "off" or (flag == "auto" and not (several_hosts or _on_tpu_vm())):
         return
     if flag in ("auto", "on"):
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+        try:
+            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+        except ValueError:
+            # JAX found no job to join; a TPU host without a metadata server is one, an explicit wish is an error.
+            if flag == "on" or several_hosts:
+                raise
         return
     fields = flag.split(",")
     if len(fields) != 3 or ":" not in fields[0] or not (fields[1].isdecimal() and fields[2].isdecimal()):
@@ -47,3 +57,10 @@ def start(flag: str) -> None:
     if not index < count:
         raise ConfigError(f"--distributed={flag}: the index {index} must be below the number of processes {count}")
     jax.distributed.initialize(fields[0], count, index, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+
+
+def _on_tpu_vm() -> bool:
+    """Whether this host has TPU chips and the library to use them, and is not told to leave them alone."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    chips = any(glob.glob(pattern) for pattern in _TPU_DEVICE_FILES)
+    return chips and importlib.util.find_spec("libtpu") is not None and (not platforms or "tpu" in platforms)

@@ -28,7 +28,7 @@ from vlm_jax.mesh import host_values
 from vlm_jax.metrics import MetricWriter, WorkdirError, mean, read_json, write_json
 from vlm_jax.parts import merge
 from vlm_jax.preemption import EXIT_PREEMPTED, StopRequest
-from vlm_jax.schema import to_dict
+from vlm_jax.schema import ConfigError, to_dict
 from vlm_jax.step import TrainState
 from vlm_jax.warm_start import warm_start
 
@@ -54,6 +54,8 @@ def train(config: Config, workdir: str, started: float | None = None, stop: Stop
         TrainingError: too many steps in a row were not finite.
         CheckpointError, BadRecordBudgetExceeded, EvalError, WorkdirError: see there.
     """
+    if "://" in workdir:
+        raise ConfigError(f"--workdir={workdir} must lie in a file system; mount the bucket (docs/launching.md)")
     workdir = os.path.abspath(os.path.expanduser(workdir))
     with stop or StopRequest() as stop:
         program = build_program(config)
