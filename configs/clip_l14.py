@@ -42,7 +42,7 @@ SMOKE = {
     "train.steps": 6,
     "train.log_every": 2,
     "checkpoint.every": 3,
-    "evals": (RetrievalConfig("shapes", ShapesConfig(split="test", image_size=32, count=64)),),
+    "evals": (RetrievalConfig("held_out", ShapesConfig(split="test", image_size=32, count=64)),),
 }
 
 

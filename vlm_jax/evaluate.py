@@ -1,7 +1,7 @@
 """Evaluation of parameters: inside training, and alone on a checkpoint (`--mode=eval`)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,19 +10,32 @@ from vlm_jax.assemble import build_evaluators, index_directory, open_checkpoint
 from vlm_jax.checkpoint import read_checkpoint_meta
 from vlm_jax.config import Config, from_json
 from vlm_jax.evals.base import Evaluator
+from vlm_jax.evals.benchmark_json import BenchmarkEntry, write_benchmark
 from vlm_jax.mesh import make_mesh
 from vlm_jax.metrics import MetricWriter, write_json
-from vlm_jax.schema import ConfigError, override
+from vlm_jax.schema import ConfigError, override, validate
 
 
-def evaluate(evaluators: Sequence[Evaluator], params: Any, step: int, writer: MetricWriter) -> dict[str, float]:
-    """Runs evaluators one after the other; their numbers and pictures go to the writer. Returns the numbers."""
+def evaluate(
+    evaluators: Sequence[Evaluator],
+    params: Any,
+    step: int,
+    writer: MetricWriter,
+    report: Callable[[BenchmarkEntry], None] | None = None,
+) -> dict[str, float]:
+    """Runs evaluators one after the other; their numbers and pictures go to the writer, entries to `report`.
+
+    Returns:
+        The numbers.
+    """
     metrics: dict[str, float] = {}
     for evaluator in evaluators:
         result = evaluator.run(params, step)
         metrics |= result.metrics
         for name, image in result.images.items():
             writer.image(step, name, image)
+        if report is not None and result.benchmark is not None:
+            report(result.benchmark)
     writer.scalars(step, metrics)
     return metrics
 
@@ -34,7 +47,7 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: a workdir, one of its step directories, or an imported checkpoint.
-        workdir: where `eval.json`, metrics and pictures go.
+        workdir: where `eval.json`, `benchmark/*.json`, metrics and pictures go.
         overrides: dotted keys to change in the saved config: `mesh`, `evals`, `data.batch_size`, ...
         config: replaces the evaluations (and nothing else) of the saved config by its own.
 
@@ -48,13 +61,20 @@ def evaluate_checkpoint(
     saved = override(from_json(read_checkpoint_meta(checkpoint)["config"]), overrides)
     if not saved.evals:
         raise ConfigError("config.evals is empty: there is nothing to evaluate; name evaluations in the config file")
+    validate(saved)
     mesh = make_mesh(saved.mesh)
+    is_primary = jax.process_index() == 0
+
+    def report(entry: BenchmarkEntry) -> None:
+        if is_primary:
+            write_benchmark(workdir, entry, saved.name, str(checkpoint))
+
     with jax.set_mesh(mesh):
         restored = open_checkpoint(checkpoint, mesh, overrides)
-        writer = MetricWriter(workdir, is_primary=jax.process_index() == 0)
+        writer = MetricWriter(workdir, is_primary=is_primary)
         evaluators = build_evaluators(saved, restored.objective, restored.tokenizer, mesh, index_directory(workdir))
-        metrics = evaluate([evaluator for _, evaluator in evaluators], restored.params, restored.step, writer)
+        metrics = evaluate([evaluator for _, evaluator in evaluators], restored.params, restored.step, writer, report)
         writer.close()
-    if jax.process_index() == 0:
+    if is_primary:
         write_json(os.path.join(workdir, "eval.json"), {"step": restored.step, **metrics})
     return metrics

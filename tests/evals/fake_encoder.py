@@ -1,5 +1,7 @@
 """A two-tower model small enough to be recomputed by hand, and sources of chosen records."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,20 @@ def embed_images(params, images):
     return _normalise((images.reshape(len(images), -1) / 127.5 - 1) @ params["image"])
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def image_vectors(params, images, which):
+    """The two vectors differ, and neither has unit length."""
+    flat = images.reshape(len(images), -1) / 127.5 - 1
+    return flat if which == "pooled" else flat @ params["image"]
+
+
+@jax.jit
+def prompt_scores(params, images, tokens):
+    """No cosine: the nearest prompt by distance."""
+    texts = params["text"][jnp.arange(LENGTH), tokens].sum(axis=1)
+    return -jnp.linalg.norm(image_vectors(params, images, "embedding")[:, None] - texts[None], axis=-1)
+
+
 @jax.jit
 def embed_texts(params, tokens):
     return _normalise(params["text"][jnp.arange(LENGTH), tokens].sum(axis=1))
@@ -33,29 +49,42 @@ def embed_texts(params, tokens):
 class FakeEncoder:
     """Encodes 2 x 2 images and the last characters of texts on a data-parallel mesh."""
 
+    reads_text = joint_space = True
+
     def __init__(self, device_count=4, batch_size=8, image_features=embed_images, text_features=embed_texts):
         devices = jax.devices()[:device_count]
         self.mesh = jax.make_mesh((device_count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
         self.batch_size = batch_size
+        self.image_vectors = image_vectors
+        self.prompt_scores = prompt_scores
         self.image_features = image_features
         self.text_features = text_features
         self.tokenized = 0
+
+    @property
+    def shards(self):
+        return self.mesh.size
 
     def tokenize(self, texts):
         self.tokenized += len(texts)
         return np.asarray([[ord(c) % 128 for c in text[-LENGTH:].rjust(LENGTH)] for text in texts], np.int32)
 
     def shard(self, array):
-        assert len(array) == self.batch_size
+        assert len(array) % self.shards == 0
         sharding = NamedSharding(self.mesh, PartitionSpec("data"))
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    def replicate(self, array):
+        return jax.make_array_from_callback(
+            array.shape, NamedSharding(self.mesh, PartitionSpec()), lambda index: array[index]
+        )
 
     def image_batches(self, source):
         for batch in self.labelled_batches(source):
             batch.pop("label")
             yield batch
 
-    def labelled_batches(self, source):
+    def labelled_batches(self, source, class_count=0):
         for start in range(0, len(source), self.batch_size):
             index = np.arange(start, start + self.batch_size, dtype=np.int32)
             records = [source[min(int(i), len(source) - 1)] for i in index]
@@ -63,11 +92,17 @@ class FakeEncoder:
             usable = [i < len(source) and not r.get("bad") for i, r in zip(index, records, strict=True)]
             batch = {
                 "image": np.stack([record["image"] for record in records]),
-                "label": np.asarray([record["label"] for record in records], np.int32),
+                "label": labels(records, class_count),
                 "index": index,
                 "mask": np.asarray(usable),
             }
             yield {key: self.shard(value) for key, value in batch.items()}
+
+
+def labels(records, class_count):
+    if not class_count:
+        return np.asarray([record["label"] for record in records], np.int32)
+    return np.asarray([[c in record["label"] for c in range(class_count)] for record in records])
 
 
 class ListSource:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from fake_encoder import FakeEncoder, ListSource, embed_images, embed_texts, make_params, random_records
@@ -53,6 +52,27 @@ def test_metrics_equal_full_sorting_on_any_mesh(count, device_count, batch_size,
     assert result.images == {}
 
 
+def test_five_captions_an_image_by_the_definition_of_clip_benchmark():
+    """There recall@k is the share of an image's captions among the first k, and counts as 1 where it is above zero."""
+    records = random_records(40, captions=(5,))
+    config = dataclasses.replace(CONFIG, captions_per_image=5)
+    entry = RetrievalEvaluator(config, FakeEncoder(), ListSource(records)).run(make_params(), step=1).benchmark
+    params, encoder = make_params(), FakeEncoder()
+    images = np.asarray(embed_images(params, np.stack([record["image"] for record in records])))
+    texts = np.asarray(embed_texts(params, encoder.tokenize([text for record in records for text in record["texts"]])))
+    positive = np.arange(200)[:, None] // 5 == np.arange(40)
+    expected = {}
+    for way, scores, own in (
+        ("image_retrieval", texts @ images.T, positive),
+        ("text_retrieval", images @ texts.T, positive.T),
+    ):
+        for k in (1, 5, 10):
+            found = [row[np.argsort(-score)[:k]].sum() / row.sum() for score, row in zip(scores, own, strict=True)]
+            expected[f"{way}_recall@{k}"] = np.mean(np.asarray(found) > 0)
+    assert entry.metrics == pytest.approx(expected)
+    assert (entry.task, entry.dataset) == ("zeroshot_retrieval", "toy")
+
+
 def test_only_the_first_captions_count():
     records = random_records(40)
     assert evaluate(records, captions_per_image=2).metrics == pytest.approx(reference(records, 2))
@@ -66,9 +86,9 @@ def test_unusable_records_do_not_count():
     assert evaluate(records).metrics == pytest.approx(reference(kept))
 
 
-def ranks(queries, query_ids, gallery, gallery_ids, batch_size=4):
+def ranks(queries, query_ids, gallery, gallery_ids):
     arrays = (np.asarray(queries, np.float32), np.asarray(query_ids), np.asarray(gallery, np.float32))
-    return positive_ranks(*arrays, np.asarray(gallery_ids), batch_size=batch_size, shard=jax.numpy.asarray).tolist()
+    return positive_ranks(FakeEncoder(batch_size=4), *arrays, np.asarray(gallery_ids)).tolist()
 
 
 def test_the_best_of_several_own_items_counts_and_the_others_do_not_stand_before_it():
@@ -135,6 +155,13 @@ def test_the_picture_is_of_the_run_that_made_it():
     column = frame[:, int(picture.shape[1] * 0.885) : int(picture.shape[1] * 0.975)]
     starts = np.flatnonzero(np.diff(column.all(axis=1).astype(int)) == 1)
     assert len(starts) == 12, "an upper and a lower edge a row"
+
+
+def test_a_model_without_a_joint_space_is_refused(tmp_path):
+    encoder = FakeEncoder()
+    encoder.joint_space = False
+    with pytest.raises(schema.ConfigError, match=r"'toy' \(retrieval\) .* no joint space.*use zero_shot"):
+        CONFIG.build(encoder, str(tmp_path))
 
 
 def test_config_round_trip_and_its_errors():

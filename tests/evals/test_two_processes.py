@@ -1,4 +1,4 @@
-"""Both evaluations in two real processes, whose devices hold half of every batch each."""
+"""Every kind of evaluation in two real processes, whose devices hold half of every batch each."""
 
 import json
 import os

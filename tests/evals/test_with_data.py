@@ -36,7 +36,7 @@ class DigitMeans(FakeEncoder):
         words = [text.strip('."').split()[-1].strip('"') for text in texts]
         return np.asarray([[WORDS.index(word)] for word in words], np.int32)
 
-    def labelled_batches(self, source):
+    def labelled_batches(self, source, class_count=0):
         return eval_batches(source, LabelledImages(8, PreprocessConfig()), self.batch_size, self.mesh, threads=1)
 
     image_batches = labelled_batches

@@ -5,13 +5,21 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_encoder import FakeEncoder, ListSource, embed_images, embed_texts, make_params, random_records
-from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from fake_encoder import (
+    FakeEncoder,
+    ListSource,
+    embed_images,
+    embed_texts,
+    make_params,
+    prompt_scores,
+    random_records,
+)
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, top_k_accuracy_score
 
 from vlm_jax import schema
 from vlm_jax.data.sources import DigitsConfig, ShapesConfig
 from vlm_jax.evals.base import EvalConfig
-from vlm_jax.evals.zero_shot import ZeroShotConfig, ZeroShotEvaluator, label_ranks
+from vlm_jax.evals.zero_shot import ZeroShotConfig, ZeroShotEvaluator
 
 NAMES = ("cat", "dog", "horse", "ship", "truck", "frog", "plane")
 TEMPLATES = ("a photo of {}", "{} art", "the {}")
@@ -51,6 +59,68 @@ def test_metrics_equal_scikit_learn_on_any_mesh(count, device_count, batch_size)
     }
 
 
+@pytest.mark.parametrize(("device_count", "at_a_time"), [(4, 64), (1, 4), (2, 21), (4, 1)])
+def test_without_a_joint_space_prompts_are_scored_one_by_one(device_count, at_a_time):
+    """A class's score is the mean of its prompts', whatever the size of the chunks."""
+    records, encoder = random_records(30), FakeEncoder(device_count)
+    encoder.joint_space = False
+    metrics = evaluate(records, encoder=encoder, prompts_at_a_time=at_a_time)
+    prompts = [template.format(name) for name in NAMES for template in TEMPLATES]
+    images = np.stack([record["image"] for record in records])
+    scores = np.concatenate(
+        [prompt_scores(make_params(), images, encoder.tokenize([prompt])) for prompt in prompts], axis=1
+    )
+    means = scores.reshape(30, len(NAMES), len(TEMPLATES)).mean(axis=-1)
+    labels = [record["label"] for record in records]
+    assert metrics["zero_shot/toy/top1"] == pytest.approx(top_k_accuracy_score(labels, means, k=1))
+    assert metrics["zero_shot/toy/top1"] != pytest.approx(np.mean(reference_logits(records).argmax(axis=1) == labels))
+
+
+def test_several_labels_a_record():
+    rng, records = np.random.default_rng(3), random_records(40)
+    for record in records:
+        record["label"] = tuple(np.flatnonzero(rng.random(7) < 0.3).tolist())
+    evaluator = ZeroShotEvaluator(
+        dataclasses.replace(CONFIG, labels="multi"), FakeEncoder(), ListSource(records, NAMES)
+    )
+    result = evaluator.run(make_params(), 0)
+    truth = np.asarray([[c in record["label"] for c in range(7)] for record in records])
+    expected = average_precision_score(truth, reference_logits(records), average="macro")
+    assert result.metrics["zero_shot/toy/mean_average_precision"] == pytest.approx(expected)
+    assert set(result.metrics) == {
+        f"zero_shot/toy/{key}" for key in ("mean_average_precision", "voc07_map", "examples")
+    }
+    assert result.benchmark.metrics == {"mean_average_precision": pytest.approx(expected)}
+    for record in records:
+        record["label"] = tuple(c for c in record["label"] if c != 2)
+    with pytest.raises(ValueError, match=r"no example of 1 of its 7 classes \(horse\)"):
+        evaluate(records, labels="multi")
+    assert evaluate(records, labels="multi", empty_classes="skip")["zero_shot/toy/examples"] == 40
+
+
+def test_its_numbers_by_the_names_of_clip_benchmark():
+    evaluator = ZeroShotEvaluator(CONFIG, FakeEncoder(), ListSource(random_records(40), NAMES))
+    result = evaluator.run(make_params(), 0)
+    entry = result.benchmark
+    assert (entry.task, entry.dataset, entry.language) == ("zeroshot_classification", "toy", "en")
+    names = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class"}
+    assert entry.metrics == {name: result.metrics[f"zero_shot/toy/{key}"] for name, key in names.items()}
+
+
+def test_the_thousand_classes_of_imagenet_by_one_word():
+    encoder = FakeEncoder()
+    changes = {"class_names": ("imagenet",), "templates": ("{}",), "empty_classes": "skip"}
+    assert evaluate(random_records(20), (), encoder, **changes)["zero_shot/toy/examples"] == 20
+    assert encoder.tokenized == 1000
+
+
+def test_a_model_without_text_is_told_what_it_can_do(tmp_path):
+    encoder = FakeEncoder()
+    encoder.reads_text = False
+    with pytest.raises(schema.ConfigError, match=r"'toy' \(zero_shot\) compares images with texts.*use linear_probe"):
+        CONFIG.build(encoder, str(tmp_path))
+
+
 def test_unusable_records_do_not_count():
     records = random_records(30)
     logits = reference_logits(records)
@@ -82,12 +152,6 @@ def test_prompts_are_tokenised_once():
     assert first.metrics != second.metrics, "other parameters, other numbers"
 
 
-def test_ties_go_to_the_first_class_and_nan_loses():
-    same = jnp.ones((3, 4))
-    assert label_ranks(same, jnp.ones((5, 4)), jnp.asarray([0, 2, 4])).tolist() == [0, 2, 4]
-    assert label_ranks(same * jnp.nan, jnp.ones((5, 4)), jnp.asarray([0, 2, 4])).tolist() == [4, 4, 4]
-
-
 def test_a_collapsed_model_is_at_chance_and_a_broken_one_at_zero():
     for value, expected in ((1.0, 1 / 7), (np.nan, 0.0)):
         encoder = FakeEncoder(image_features=lambda _, images, value=value: jnp.full((len(images), 16), value))
@@ -98,7 +162,7 @@ def test_a_collapsed_model_is_at_chance_and_a_broken_one_at_zero():
 def test_a_label_outside_the_class_names_is_named():
     records = random_records(14)
     records[9]["label"] = 7
-    with pytest.raises(ValueError, match=r"Record 9 of zero-shot evaluation 'toy' has label 7.* 0 to 6"):
+    with pytest.raises(ValueError, match=r"Record 9 of evaluation 'toy' has label 7.* 0 to 6"):
         evaluate(records)
 
 

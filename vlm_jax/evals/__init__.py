@@ -1,1 +1,1 @@
-"""Evaluations that run on the training mesh, inside training or alone: zero-shot classification and retrieval."""
+"""Evaluations that run on the training mesh, inside training or alone: with prompts, captions, or frozen features."""

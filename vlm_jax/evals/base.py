@@ -1,11 +1,12 @@
 """The seam between evaluations and the rest: what an evaluation is given, and what it gives back.
 
-No evaluation is here (`zero_shot`, `retrieval` are), and nothing that decides when one runs (the training loop does).
+No evaluation is here (`zero_shot`, `retrieval`, `linear_probe`, `knn` and `few_shot` are), and nothing that decides
+when one runs (the training loop does).
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -13,22 +14,49 @@ import numpy as np
 from vlm_jax import schema
 from vlm_jax.data.sources import Record, Source, SourceConfig
 from vlm_jax.data.sources.base import keys_at
+from vlm_jax.evals.benchmark_json import BenchmarkEntry
+
+Vectors = Literal["pooled", "embedding"]
+"""Which vector of an image: before the projection into the joint space, or after it."""
 
 
 class Encoder(Protocol):
-    """A model with two towers on its mesh, as evaluations see it; features are L2-normalised float32."""
+    """A model on its mesh, as evaluations see it; what it gives is float32."""
 
     @property
     def batch_size(self) -> int:
-        """Rows of a global batch; a multiple of the number of devices that share the batch."""
+        """Rows of a global batch; a multiple of `shards`."""
+        ...
+
+    @property
+    def shards(self) -> int:
+        """Number of devices that share the batch."""
+        ...
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a tokenizer; a model of images alone has none, and no evaluation with texts."""
+        ...
+
+    @property
+    def joint_space(self) -> bool:
+        """Whether features of images and texts may be compared; else `prompt_scores` compares them."""
         ...
 
     def image_features(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
-        """uint8 images [B, H, W, 3], sharded over the batch axes -> features [B, E]."""
+        """uint8 images [B, H, W, 3], sharded over the batch axes -> L2-normalised features [B, E]."""
+        ...
+
+    def image_vectors(self, params: Any, images_BxHxWx3: jax.Array, which: Vectors) -> jax.Array:
+        """As `image_features`, for a classifier on frozen features: [B, D], not normalised."""
         ...
 
     def text_features(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:
-        """int32 tokens [B, L], sharded over the batch axes -> features [B, E]."""
+        """int32 tokens [B, L], sharded over the batch axes -> L2-normalised features [B, E]."""
+        ...
+
+    def prompt_scores(self, params: Any, images_BxHxWx3: jax.Array, tokens_PxL: np.ndarray) -> jax.Array:
+        """Images as above and int32 tokens [P, L], the same on every process -> [B, P]; higher = a better match."""
         ...
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
@@ -43,12 +71,28 @@ class Encoder(Protocol):
         """
         ...
 
-    def labelled_batches(self, source: Source) -> Iterable[Mapping[str, jax.Array]]:
-        """As `image_batches`, with `label` int32 [B]; records without a label can't be used."""
+    def labelled_batches(self, source: Source, class_count: int = 0) -> Iterable[Mapping[str, jax.Array]]:
+        """As `image_batches`, with `label`; records without one can't be used.
+
+        Args:
+            source: its records have a `label`: an int, or a tuple of them (several labels, perhaps none).
+            class_count: 0 for one label a record, `label` int32 [B]; else the number C of classes, of which a record
+                may have several, and `label` is bool [B, C].
+
+        Raises:
+            EvalError: a label that is not one of the C classes.
+        """
         ...
 
     def shard(self, array: np.ndarray) -> jax.Array:
-        """An array of `batch_size` rows, the same on every process -> a global array over the batch axes."""
+        """An array, the same on every process -> a global array, its rows spread over the batch axes.
+
+        The number of rows is a multiple of `shards`.
+        """
+        ...
+
+    def replicate(self, array: np.ndarray) -> jax.Array:
+        """An array, the same on every process -> a global array, whole on every device."""
         ...
 
 
@@ -59,10 +103,12 @@ class EvalResult:
     Attributes:
         metrics: flat name -> value, such as `zero_shot/digits/top1`; the same on every process. Shares are in 0..1.
         images: flat name -> uint8 [H, W, 3], on the primary process; empty on the others.
+        benchmark: the same numbers as CLIP_benchmark names them, for tasks that it has.
     """
 
     metrics: dict[str, float]
     images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    benchmark: BenchmarkEntry | None = None
 
 
 class EvalError(ValueError):
@@ -98,9 +144,15 @@ class EvalConfig(schema.Choice):
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The evaluations by name."""
         # Here and not on top: the members' modules import this one.
-        from vlm_jax.evals import retrieval, zero_shot
+        from vlm_jax.evals import few_shot, knn, linear_probe, retrieval, zero_shot
 
-        return {"zero_shot": zero_shot.ZeroShotConfig, "retrieval": retrieval.RetrievalConfig}
+        return {
+            "zero_shot": zero_shot.ZeroShotConfig,
+            "retrieval": retrieval.RetrievalConfig,
+            "linear_probe": linear_probe.LinearProbeConfig,
+            "knn": knn.KnnConfig,
+            "few_shot": few_shot.FewShotConfig,
+        }
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What is impossible in the common keys."""
@@ -114,20 +166,40 @@ class EvalConfig(schema.Choice):
         """Opens the source and returns the evaluator; `cache_dir` is where a source may keep its index."""
         raise TypeError(f"{type(self).__name__} is a family of evaluations; use one of {', '.join(self.kinds())}")
 
+    def check_reads_text(self, encoder: Encoder) -> None:
+        """Raises `ConfigError` for a model of images alone."""
+        if not encoder.reads_text:
+            raise schema.ConfigError(
+                f"Evaluation {self.name!r} ({self.kind()}) compares images with texts, and this model reads none; "
+                "use linear_probe, knn or few_shot."
+            )
+
     def open_source(self, cache_dir: str) -> Source:
         """The source, cut to `limit`.
 
         Raises:
             ConfigError: it can't be opened, or holds no records.
         """
-        key = f"config.evals.{self.name}.source."
-        with keys_at(f"{key}path", key):
-            source = self.source.build(cache_dir)
-        if len(source) == 0:
-            raise schema.ConfigError(
-                f"The source of evaluation {self.name!r} holds no records; check its path and split."
-            )
-        return FirstRecords(source, self.limit) if 0 < self.limit < len(source) else source
+        return open_records(self.source, f"config.evals.{self.name}.source", self.limit, cache_dir)
+
+
+def open_records(config: SourceConfig, key: str, limit: int, cache_dir: str) -> Source:
+    """The first `limit` records of a source (0: all), for an evaluation.
+
+    Args:
+        config: the source.
+        key: where it stands, such as `config.evals.digits.source`.
+        limit: see above.
+        cache_dir: where it may keep its index.
+
+    Raises:
+        ConfigError: it can't be opened, or holds no records.
+    """
+    with keys_at(f"{key}.path", f"{key}."):
+        source = config.build(cache_dir)
+    if len(source) == 0:
+        raise schema.ConfigError(f"{key} holds no records; check its path and split.")
+    return FirstRecords(source, limit) if 0 < limit < len(source) else source
 
 
 class FirstRecords:

@@ -11,8 +11,11 @@ from vlm_jax.data.examples import Example, LabelledImages, Views
 from vlm_jax.data.pipeline import EvalBatches, eval_batches
 from vlm_jax.data.sources import Record, Source
 from vlm_jax.data.text import Tokenizer
-from vlm_jax.mesh import batch_sharding
+from vlm_jax.evals.base import Vectors
+from vlm_jax.evals.labels import MultiLabelImages
+from vlm_jax.mesh import batch_sharding, replicated
 from vlm_jax.objectives.base import ModelObjective
+from vlm_jax.schema import ConfigError
 
 
 class MeshEncoder:
@@ -20,54 +23,81 @@ class MeshEncoder:
 
     Args:
         objective: gives the features.
-        tokenizer: the one that the model was trained with.
+        tokenizer: the one that the model was trained with; None for a model without text.
         image_size: side of the model's images in pixels.
         mesh: where parameters and batches lie.
         batch_size: rows of a global batch, rounded up to a multiple of the devices that share it.
     """
 
-    def __init__(self, objective: ModelObjective, tokenizer: Tokenizer, image_size: int, mesh: Mesh, batch_size: int):
+    def __init__(
+        self, objective: ModelObjective, tokenizer: Tokenizer | None, image_size: int, mesh: Mesh, batch_size: int
+    ):
         self._tokenizer, self._mesh = tokenizer, mesh
         self._sharding = batch_sharding(mesh)
-        shards = self._sharding.num_devices // (mesh.shape.get("tensor", 1) * mesh.shape.get("sequence", 1))
-        self.batch_size = -(-batch_size // shards) * shards
+        self.shards = self._sharding.num_devices // (mesh.shape.get("tensor", 1) * mesh.shape.get("sequence", 1))
+        self.batch_size = -(-batch_size // self.shards) * self.shards
+        self.joint_space = objective.joint_space
         self._labelled = LabelledImages(image_size, objective.preprocess)
-        self._plain = _Images(image_size, objective)
+        self._views = Views(image_size, objective.preprocess, augment=None)
         self._image = jax.jit(objective.image_features)
+        self._vectors = jax.jit(objective.image_vectors, static_argnums=2)
         self._text = jax.jit(objective.text_features)
+        self._scores = jax.jit(objective.prompt_scores)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self._tokenizer is not None
 
     def image_features(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
         """uint8 [B, H, W, 3] -> [B, E]."""
         with jax.set_mesh(self._mesh):
             return self._image(params, images_BxHxWx3)
 
+    def image_vectors(self, params: Any, images_BxHxWx3: jax.Array, which: Vectors) -> jax.Array:
+        """uint8 [B, H, W, 3] -> [B, D]."""
+        with jax.set_mesh(self._mesh):
+            return self._vectors(params, images_BxHxWx3, which)
+
     def text_features(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:
         """int32 [B, L] -> [B, E]."""
         with jax.set_mesh(self._mesh):
             return self._text(params, tokens_BxL)
 
+    def prompt_scores(self, params: Any, images_BxHxWx3: jax.Array, tokens_PxL: np.ndarray) -> jax.Array:
+        """uint8 [B, H, W, 3] and int32 [P, L] -> [B, P]."""
+        with jax.set_mesh(self._mesh):
+            return self._scores(params, images_BxHxWx3, tokens_PxL)
+
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts -> int32 [n, L]."""
+        """Texts -> int32 [n, L]; raises `ConfigError` for a model without a tokenizer."""
+        if self._tokenizer is None:
+            raise ConfigError("this model has no tokenizer; take evaluations with texts out of config.evals")
         return self._tokenizer(texts)
 
     def image_batches(self, source: Source) -> EvalBatches:
         """Every record with a usable image once, in order."""
-        return eval_batches(source, self._plain, self.batch_size, self._mesh)
+        return eval_batches(source, _Images(self._views), self.batch_size, self._mesh)
 
-    def labelled_batches(self, source: Source) -> EvalBatches:
+    def labelled_batches(self, source: Source, class_count: int = 0) -> EvalBatches:
         """Every record with a usable image and a label once, in order."""
-        return eval_batches(source, self._labelled, self.batch_size, self._mesh)
+        rows = MultiLabelImages(self._views, class_count) if class_count else self._labelled
+        return eval_batches(source, rows, self.batch_size, self._mesh)
 
     def shard(self, array: np.ndarray) -> jax.Array:
         """The same host array on every process -> a global array over the batch axes."""
         return jax.make_array_from_callback(array.shape, self._sharding, lambda index: array[index])
 
+    def replicate(self, array: np.ndarray) -> jax.Array:
+        """The same host array on every process -> a global array, whole on every device."""
+        return jax.make_array_from_callback(array.shape, replicated(self._mesh), lambda index: array[index])
+
 
 class _Images:
     """Rows of the evaluation view alone."""
 
-    def __init__(self, size: int, objective: ModelObjective):
-        self._views = Views(size, objective.preprocess, augment=None)
+    def __init__(self, views: Views):
+        self._views = views
 
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
         return {"image": self._views(record, None)}

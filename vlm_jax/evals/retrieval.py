@@ -4,8 +4,7 @@ For models that embed images and texts into one space. The picture of best and w
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +15,11 @@ from vlm_jax.data.images import decode
 from vlm_jax.data.sources import BadRecord, Source
 from vlm_jax.evals import pictures
 from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, EvalResult
+from vlm_jax.evals.benchmark_json import BenchmarkEntry
 from vlm_jax.evals.features import encode_images, encode_texts, padded_batches, to_host
+from vlm_jax.schema import ConfigError
+
+RECALL_AT = (1, 5, 10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +50,14 @@ class RetrievalConfig(EvalConfig):
         """Opens the source.
 
         Raises:
-            ConfigError: it can't be opened, or holds no records.
+            ConfigError: it can't be opened, holds no records, or the model has no joint space of images and texts.
         """
+        self.check_reads_text(encoder)
+        if not encoder.joint_space:
+            raise ConfigError(
+                f"Evaluation {self.name!r} (retrieval) ranks by the cosine of features, and this model has no joint "
+                "space of images and texts; use zero_shot."
+            )
         return RetrievalEvaluator(self, encoder, self.open_source(cache_dir))
 
 
@@ -72,15 +81,18 @@ class RetrievalEvaluator:
         texts_MxE = np.concatenate(list(encode_texts(self._encoder, params, self._encoder.tokenize(captions))))
         embedded = _Embedded(images_NxE, index_N, texts_MxE, captions, owner_M, group_N)
         owner_ids_M = group_N[owner_M]
-        rank = functools.partial(positive_ranks, batch_size=self._encoder.batch_size, shard=self._encoder.shard)
-        text_ranks_M = rank(texts_MxE, owner_ids_M, images_NxE, group_N)
+        image_ranks_N = positive_ranks(self._encoder, images_NxE, group_N, texts_MxE, owner_ids_M)
+        text_ranks_M = positive_ranks(self._encoder, texts_MxE, owner_ids_M, images_NxE, group_N)
         prefix = f"retrieval/{self._config.name}/"
-        ranks = {"image_to_text": rank(images_NxE, group_N, texts_MxE, owner_ids_M), "text_to_image": text_ranks_M}
+        ranks = {"image_to_text": image_ranks_N, "text_to_image": text_ranks_M}
         metrics = {f"{prefix}{way}_{key}": value for way, r in ranks.items() for key, value in recall(r).items()}
         metrics |= {f"{prefix}images": float(len(images_NxE)), f"{prefix}texts": float(len(texts_MxE))}
-        if not self._config.pictured or jax.process_index() != 0:
-            return EvalResult(metrics)
-        return EvalResult(metrics, {f"{prefix}best_and_worst": self._picture(embedded, text_ranks_M, step)})
+        named = {"text_retrieval": image_ranks_N, "image_retrieval": text_ranks_M}
+        recalls = {f"{way}_recall@{k}": float(np.mean(r < k)) for way, r in named.items() for k in RECALL_AT}
+        drawn = {}
+        if self._config.pictured and jax.process_index() == 0:
+            drawn[f"{prefix}best_and_worst"] = self._picture(embedded, text_ranks_M, step)
+        return EvalResult(metrics, drawn, BenchmarkEntry("zeroshot_retrieval", self._config.name, recalls))
 
     def _captions(self, index_N: np.ndarray) -> tuple[list[str], np.ndarray]:
         """All captions, and for each the row of its image."""
@@ -149,34 +161,32 @@ def _caption_groups(captions: list[str], owner_M: np.ndarray) -> np.ndarray:
 
 
 def positive_ranks(
+    encoder: Encoder,
     queries_QxE: np.ndarray,
     query_ids_Q: np.ndarray,
     gallery_GxE: np.ndarray,
     gallery_ids_G: np.ndarray,
-    *,
-    batch_size: int,
-    shard: Callable[[np.ndarray], jax.Array],
 ) -> np.ndarray:
     """Rank of each query's best own gallery item: int32 [Q], 0 = first.
 
     An item is a query's own when their ids are equal; with several own items the best one counts, and the others do
     not stand before it. Items of equal score stand before the own one, and so does every item whose score is NaN: a
-    collapsed or broken model then ranks last, not first. At most `batch_size` x G scores exist at a time, spread over
-    the mesh.
+    collapsed or broken model then ranks last, not first. At most `encoder.batch_size` x G scores exist at a time,
+    spread over the mesh.
 
     Args:
+        encoder: spreads a batch of queries over its mesh.
         queries_QxE: float32, L2-normalised.
         query_ids_Q: int32 >= 0, the image that a query belongs to.
         gallery_GxE: float32, L2-normalised; whole on every device.
         gallery_ids_G: int32 >= 0.
-        batch_size: queries at a time.
-        shard: spreads `batch_size` rows over the mesh.
     """
     ranks = []
-    query_batches = padded_batches(queries_QxE, batch_size)
-    id_batches = padded_batches(query_ids_Q.astype(np.int32), batch_size)
+    gallery, gallery_ids = encoder.replicate(gallery_GxE), encoder.replicate(gallery_ids_G.astype(np.int32))
+    query_batches = padded_batches(queries_QxE, encoder.batch_size)
+    id_batches = padded_batches(query_ids_Q.astype(np.int32), encoder.batch_size)
     for (count, queries_BxE), (_, ids_B) in zip(query_batches, id_batches, strict=True):
-        ranks_B = _batch_ranks(shard(queries_BxE), shard(ids_B), gallery_GxE, gallery_ids_G)
+        ranks_B = _batch_ranks(encoder.shard(queries_BxE), encoder.shard(ids_B), gallery, gallery_ids)
         ranks.append(to_host(ranks_B)[:count])
     return np.concatenate(ranks)
 
@@ -197,7 +207,7 @@ def _batch_ranks(
 def recall(ranks: np.ndarray) -> dict[str, float]:
     """Recall at 1, 5 and 10 (0..1), median and mean rank (1 = first) of ranks that count from 0."""
     return {
-        **{f"r{k}": float(np.mean(ranks < k)) for k in (1, 5, 10)},
+        **{f"r{k}": float(np.mean(ranks < k)) for k in RECALL_AT},
         "median_rank": float(np.median(ranks + 1)),
         "mean_rank": float(np.mean(ranks + 1)),
     }

@@ -1,10 +1,13 @@
-"""Zero-shot classification: class names become text features, an image gets the class whose feature is nearest.
+"""Zero-shot classification: the names of the classes, put into prompts, are all that tells the classes apart.
 
 The protocol of CLIP (arXiv:2103.00020, section 3.1): a class's feature is the mean of its prompts' L2-normalised
-features, normalised again. Not for classifiers with trained weights.
+features, normalised again, and an image gets the class whose feature is nearest. Models without a joint space of
+images and texts (captioners) score every prompt against every image; a class's score is the mean of its prompts'. Not
+for classifiers with trained weights.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -14,9 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.data.sources import Source
-from vlm_jax.evals import templates
-from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, EvalResult
-from vlm_jax.evals.features import encode_texts, lookahead, to_host
+from vlm_jax.evals import class_names, templates
+from vlm_jax.evals.base import Encoder, EvalConfig, EvalResult
+from vlm_jax.evals.benchmark_json import BenchmarkEntry, classification_names
+from vlm_jax.evals.classification import (
+    EmptyClasses,
+    check_classes,
+    check_labels,
+    label_ranks,
+    multi_label_metrics,
+    single_label_metrics,
+)
+from vlm_jax.evals.features import encode_texts, gather
 from vlm_jax.schema import ConfigError
 
 
@@ -25,15 +37,20 @@ class ZeroShotConfig(EvalConfig):
     """Zero-shot classification of a labelled source.
 
     Metrics, under `zero_shot/<name>/`: `top1`, `top5` (where there are more than five classes), `mean_per_class` (the
-    mean over classes of each one's top-1) and `examples`, how many were classified.
+    mean over classes of each one's top-1) and `examples`, how many were classified. With `labels="multi"`:
+    `mean_average_precision`, `voc07_map` and `examples`.
     """
 
     # Names of sets (imagenet80, imagenet7, photo, digits) and templates of one's own, with {} for the class name.
     templates: tuple[str, ...] = ("imagenet80",)
-    # Class names by label; empty = those of the source.
+    # Class names by label, or the name of a list ("imagenet"); empty = those of the source.
     class_names: tuple[str, ...] = ()
-    # A class without an example has no accuracy: "error" stops, "skip" leaves it out of `mean_per_class`.
-    empty_classes: Literal["error", "skip"] = "error"
+    # Labels of a record: exactly one, or any number of them.
+    labels: Literal["single", "multi"] = "single"
+    # A class without an example has no accuracy: "error" stops, "skip" leaves it out of the means over classes.
+    empty_classes: EmptyClasses = "error"
+    # Prompts that a model without a joint space scores at a time, against a batch of images.
+    prompts_at_a_time: int = 64
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What is impossible in these keys."""
@@ -44,13 +61,16 @@ class ZeroShotConfig(EvalConfig):
             templates.expand(self.templates)
         except ValueError as error:
             yield "templates", f"can't be used: {error}"
+        if self.prompts_at_a_time < 1:
+            yield "prompts_at_a_time", f"= {self.prompts_at_a_time} must be 1 or more"
 
     def build(self, encoder: Encoder, cache_dir: str) -> "ZeroShotEvaluator":
         """Opens the source.
 
         Raises:
-            ConfigError: it holds no records, or nothing names the classes.
+            ConfigError: it holds no records, nothing names the classes, or the model reads no text.
         """
+        self.check_reads_text(encoder)
         source = self.open_source(cache_dir)
         if not (self.class_names or source.class_names):
             raise ConfigError(
@@ -67,7 +87,7 @@ class ZeroShotEvaluator:
         self._config = config
         self._encoder = encoder
         self._source = source
-        self._class_names = config.class_names or tuple(source.class_names)
+        self._class_names = class_names.expand(config.class_names) or tuple(source.class_names)
         self._templates = templates.expand(config.templates)
         self._tokens: np.ndarray | None = None
 
@@ -79,17 +99,31 @@ class ZeroShotEvaluator:
                 `ZeroShotConfig.empty_classes`), or no usable record at all.
         """
         del step  # Draws no picture.
-        classifier_CxE = class_features(
-            self._encoder, params, self._prompt_tokens(), len(self._class_names), len(self._templates)
+        config = self._config
+        rows = gather(
+            self._dispatch(params),
+            f"Zero-shot evaluation {config.name!r} found no image with a label among {len(self._source)} records; "
+            "the log above says why.",
         )
-        labels, ranks = self._labels_and_ranks(params, classifier_CxE)
-        counts = np.bincount(labels, minlength=len(self._class_names))
-        metrics = {"top1": float(np.mean(ranks < 1))}
-        if len(self._class_names) > 5:
-            metrics["top5"] = float(np.mean(ranks < 5))
-        metrics["mean_per_class"] = self._mean_per_class(labels, ranks, counts)
-        metrics["examples"] = float(len(labels))
-        return EvalResult({f"zero_shot/{self._config.name}/{key}": value for key, value in metrics.items()})
+        metrics = self._multi_label(rows) if config.labels == "multi" else self._single_label(rows)
+        return EvalResult(
+            {f"zero_shot/{config.name}/{key}": value for key, value in metrics.items()},
+            benchmark=BenchmarkEntry("zeroshot_classification", config.name, classification_names(metrics)),
+        )
+
+    def _single_label(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        count = len(self._class_names)
+        check_labels(rows["label"], rows["index"], count, self._config.name)
+        self._check_classes(np.bincount(rows["label"], minlength=count))
+        return single_label_metrics(rows["label"], rows["rank"], count)
+
+    def _multi_label(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        self._check_classes(rows["label"].sum(axis=0))
+        return multi_label_metrics(rows["scores"], rows["label"], self._config.name)
+
+    def _check_classes(self, counts_C: np.ndarray) -> None:
+        if self._config.empty_classes == "error":
+            check_classes(counts_C, self._class_names, self._config.name)
 
     def _prompt_tokens(self) -> np.ndarray:
         # Kept from the first run on: tokenising 80 prompts for each of 1000 classes takes longer than encoding them.
@@ -98,43 +132,29 @@ class ZeroShotEvaluator:
             self._tokens = self._encoder.tokenize(prompts)
         return self._tokens
 
-    def _labels_and_ranks(self, params: Any, classifier_CxE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        labels, ranks = [], []
-        for batch in map(to_host, lookahead(self._dispatch(params, classifier_CxE))):
-            mask = batch.pop("mask")
-            index, label, rank = (batch[key][mask] for key in ("index", "label", "rank"))
-            wrong = (label < 0) | (label >= len(self._class_names))
-            if wrong.any():
-                raise EvalError(
-                    f"Record {index[wrong][0]} of zero-shot evaluation {self._config.name!r} has label "
-                    f"{label[wrong][0]}, but the {len(self._class_names)} class names stand for 0 to "
-                    f"{len(self._class_names) - 1}; correct class_names of that evaluation, or the record."
-                )
-            labels.append(label)
-            ranks.append(rank)
-        if not sum(map(len, labels)):
-            raise EvalError(
-                f"Zero-shot evaluation {self._config.name!r} found no image with a label among "
-                f"{len(self._source)} records; the log above says why."
-            )
-        return np.concatenate(labels), np.concatenate(ranks)
+    def _dispatch(self, params: Any) -> Iterator[dict[str, jax.Array]]:
+        several = self._config.labels == "multi"
+        batches = self._encoder.labelled_batches(self._source, len(self._class_names) if several else 0)
+        for batch, scores_BxC in self._scored(params, batches):
+            rows = {key: batch[key] for key in ("label", "index", "mask")}
+            # Ranks are made on the mesh: a data set's scores on a thousand classes are not needed here.
+            yield {**rows, **({"scores": scores_BxC} if several else {"rank": label_ranks(scores_BxC, batch["label"])})}
 
-    def _dispatch(self, params: Any, classifier_CxE: np.ndarray) -> Iterator[dict[str, jax.Array]]:
-        for batch in self._encoder.labelled_batches(self._source):
-            features_BxE = self._encoder.image_features(params, batch["image"])
-            rank = label_ranks(features_BxE, classifier_CxE, batch["label"])
-            yield {"rank": rank, **{key: batch[key] for key in ("label", "index", "mask")}}
-
-    def _mean_per_class(self, labels: np.ndarray, ranks: np.ndarray, counts: np.ndarray) -> float:
-        empty = [name for name, count in zip(self._class_names, counts, strict=True) if not count]
-        if empty and self._config.empty_classes == "error":
-            raise EvalError(
-                f"Zero-shot evaluation {self._config.name!r} has no example of {len(empty)} of its "
-                f"{len(self._class_names)} classes ({', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}); "
-                "correct class_names or limit, or set empty_classes to 'skip'."
+    def _scored(self, params: Any, batches: Any) -> Iterator[tuple[Any, jax.Array]]:
+        """Each batch with its scores [B, C]."""
+        encoder, tokens, class_count = self._encoder, self._prompt_tokens(), len(self._class_names)
+        if encoder.joint_space:
+            classifier_CxE = encoder.replicate(
+                class_features(encoder, params, tokens, class_count, len(self._templates))
             )
-        hits = np.bincount(labels, weights=ranks < 1, minlength=len(counts))
-        return float(np.mean(hits[counts > 0] / counts[counts > 0]))
+            for batch in batches:
+                yield batch, cosines(encoder.image_features(params, batch["image"]), classifier_CxE)
+            return
+        for batch in batches:
+            yield (
+                batch,
+                class_scores(encoder, params, batch["image"], tokens, class_count, self._config.prompts_at_a_time),
+            )
 
 
 def class_features(
@@ -165,16 +185,39 @@ def class_features(
 
 
 @jax.jit
-def label_ranks(features_BxE: jax.Array, classifier_CxE: jax.Array, labels_B: jax.Array) -> jax.Array:
-    """How many classes come before the right one: int32 [B], 0 = the right class wins.
+def cosines(features_BxE: jax.Array, classifier_CxE: jax.Array) -> jax.Array:
+    """[B, C] in float32 throughout: a TPU would multiply in bfloat16 and make ties where there are none.
 
-    Equal scores are ordered by class index, as `top_k` does; a NaN score puts the right class last, so that a broken
-    model can't look good. The scale of 100 that CLIP puts on its logits changes no order and is left out. Labels out
-    of range give a rank without meaning.
+    The scale of 100 that CLIP puts on its logits changes no order and is left out.
     """
-    # In float32 throughout: a TPU would multiply in bfloat16 and make ties where there are none.
-    logits_BxC = jnp.matmul(features_BxE, classifier_CxE.T, precision=jax.lax.Precision.HIGHEST)
-    own_Bx1 = jnp.take_along_axis(logits_BxC, labels_B[:, None], axis=-1, mode="clip")
-    later_BxC = jnp.arange(logits_BxC.shape[-1])[None, :] > labels_B[:, None]
-    behind_BxC = (logits_BxC < own_Bx1) | ((logits_BxC == own_Bx1) & later_BxC)
-    return logits_BxC.shape[-1] - 1 - jnp.sum(behind_BxC, axis=-1, dtype=jnp.int32)
+    return jnp.matmul(features_BxE, classifier_CxE.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def class_scores(
+    encoder: Encoder, params: Any, images_BxHxWx3: jax.Array, tokens: np.ndarray, class_count: int, at_a_time: int
+) -> jax.Array:
+    """Mean score of each class's prompts against each image.
+
+    Args:
+        encoder: its `prompt_scores` is used, on chunks of one static size.
+        params: of the model.
+        images_BxHxWx3: a batch of images.
+        tokens: int32 [C * K, L], the K prompts of class 0 first.
+        class_count: C.
+        at_a_time: prompts of a chunk.
+
+    Returns:
+        float32 [B, C].
+    """
+    size = min(at_a_time, len(tokens))
+    # The last chunk starts earlier: a shorter one would compile anew, and prompts of zeros mean nothing.
+    starts = [*range(0, len(tokens) - size, size), len(tokens) - size]
+    chunks = [encoder.prompt_scores(params, images_BxHxWx3, tokens[start : start + size]) for start in starts]
+    return _class_means(chunks, class_count, -len(tokens) % size)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _class_means(chunks: list[jax.Array], class_count: int, repeated: int) -> jax.Array:
+    """Means over the prompts of a class; the last chunk begins with `repeated` prompts of the one before it."""
+    scores_BxCK = jnp.concatenate([*chunks[:-1], chunks[-1][:, repeated:]], axis=1)
+    return scores_BxCK.reshape(scores_BxCK.shape[0], class_count, -1).mean(axis=-1)
