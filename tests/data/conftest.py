@@ -1,6 +1,9 @@
-"""Parity of the tokenizer needs the public implementation, which the project itself never imports."""
+"""Parity of the tokenizers needs the public implementations, which the project itself never imports."""
 
 import importlib.util
 
-REFERENCES = ("ftfy", "open_clip", "regex", "torch")
-collect_ignore = [] if all(map(importlib.util.find_spec, REFERENCES)) else ["test_clip_bpe_parity.py"]
+REFERENCES = {
+    "test_clip_bpe_parity.py": ("ftfy", "open_clip", "regex", "torch"),
+    "test_hf_tokenizer_parity.py": ("transformers",),
+}
+collect_ignore = [name for name, needs in REFERENCES.items() if not all(map(importlib.util.find_spec, needs))]

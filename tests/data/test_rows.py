@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.data.bad_records import BadRecordAccount, BadRecordBudgetExceeded, Failure
-from vlm_jax.data.examples import ClipExamples, LabelledImages
+from vlm_jax.data.examples import ClipExamples, LabelledImages, draw_caption
 from vlm_jax.data.images import AugmentConfig, PreprocessConfig, preprocess
 from vlm_jax.data.order import record_index, substitute
 from vlm_jax.data.rows import EvalRows, Schedule, TrainRows, host_batches
@@ -151,6 +151,16 @@ def test_clip_examples_draw_caption_and_crop(tokenizer):
         views.add(example["image"].tobytes())
     assert seen == set(source.texts(5))
     assert len(views) > 10
+
+
+def test_captions_are_drawn_by_their_weights():
+    record = {"texts": ("a", "b", "c"), "text_weights": (0.5, 0.2, 0.3), "key": "k", "where": "w"}
+    drawn = "".join(draw_caption(record, np.random.default_rng(seed)) for seed in range(3000))
+    for text, weight in zip("abc", record["text_weights"], strict=True):
+        assert abs(drawn.count(text) / 3000 - weight) < 4 * (weight * (1 - weight) / 3000) ** 0.5
+    assert draw_caption(record, None) == "a"
+    even = "".join(draw_caption({**record, "text_weights": (1 / 3,) * 3}, np.random.default_rng(s)) for s in range(300))
+    assert all(70 < even.count(text) < 130 for text in "abc")
 
 
 def test_examples_of_evaluation_are_not_random(tokenizer):

@@ -21,7 +21,7 @@ class MakeExample(Protocol):
 
 
 class Views:
-    """The image of a record as the model sees it: cropped at random in training, else the evaluation view."""
+    """The image of a record as the model sees it: a random view in training, else the evaluation view."""
 
     def __init__(self, size: int, preprocess: PreprocessConfig, augment: AugmentConfig | None):
         self.size, self.preprocess, self.augment = size, preprocess, augment
@@ -34,7 +34,24 @@ class Views:
             raise BadRecord(record["where"], record["key"], str(error)) from error
         if rng is None or self.augment is None:
             return images.preprocess(image, self.preprocess, self.size)
-        return images.random_resized_crop(image, rng, self.augment, self.size)
+        return images.training_view(image, rng, self.augment, self.preprocess, self.size)
+
+
+def draw_caption(record: Record, rng: np.random.Generator | None) -> str:
+    """One of the captions: at random by their weights (evenly where they have none), or the first without `rng`.
+
+    Raises:
+        BadRecord: the record has no caption.
+    """
+    texts = record["texts"]
+    if not texts:
+        raise BadRecord(record["where"], record["key"], "it has no caption")
+    if rng is None:
+        return texts[0]
+    if "text_weights" not in record:
+        return texts[rng.integers(len(texts))]
+    place = np.searchsorted(np.cumsum(record["text_weights"]), rng.random(), side="right")
+    return texts[min(int(place), len(texts) - 1)]  # the weights' sum may miss 1 by a rounding
 
 
 class ClipExamples:
@@ -44,7 +61,7 @@ class ClipExamples:
         tokenizer: gives the ids and their length.
         size: width and height of the model's images in pixels.
         preprocess: the evaluation view.
-        augment: the random crop of training; None trains on the evaluation view.
+        augment: the random view of training; None trains on the evaluation view.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int, preprocess: PreprocessConfig, augment: AugmentConfig | None):
@@ -52,10 +69,7 @@ class ClipExamples:
 
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
         """One row; raises `BadRecord`."""
-        texts = record["texts"]
-        if not texts:
-            raise BadRecord(record["where"], record["key"], "it has no caption")
-        chosen = texts[rng.integers(len(texts))] if rng is not None else texts[0]
+        chosen = draw_caption(record, rng)
         return {"image": self.views(record, rng), "text": self.tokenizer([chosen])[0]}
 
 
@@ -70,4 +84,6 @@ class LabelledImages:
         label: Any = record.get("label")
         if label is None:
             raise BadRecord(record["where"], record["key"], "it has no label")
+        if isinstance(label, tuple):
+            raise BadRecord(record["where"], record["key"], f"it has {len(label)} labels, and one is wanted")
         return {"image": self.views(record, rng), "label": np.asarray(label, np.int32)}

@@ -1,6 +1,7 @@
-"""Encoded files to uint8 RGB, the evaluation preprocessing of CLIP, and the training crop. Host side, numpy only.
+"""Encoded files to uint8 RGB, the evaluation preprocessing of CLIP, and the training view. Host side, numpy only.
 
-Nothing here scales to floats on the way to the chip: batches travel as uint8 and the objective normalises them.
+Nothing here scales to floats on the way to the chip: batches travel as uint8 and the objective normalises them. What
+changes colours or hides parts of a training view is in `augment`.
 """
 
 import dataclasses
@@ -15,6 +16,9 @@ import cv2
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from vlm_jax.data import augment
+from vlm_jax.data.augment import ColorJitter, Erasing, RandAugment
 
 MAX_PIXELS = 89_478_485
 """Images with more pixels are refused: 256 MiB of RGB, the limit at which Pillow speaks of a decompression bomb."""
@@ -58,7 +62,10 @@ class PreprocessConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """The random crop (and flip) of training; CLIP used a random square crop alone (paper, section 2.5)."""
+    """The random view of training: crop, flip, colours, grey, RandAugment, erasing, in this order.
+
+    CLIP used a random square crop alone (paper, section 2.5).
+    """
 
     # share of the image's area that the crop covers: least and most
     scale: tuple[float, float] = (0.9, 1.0)
@@ -68,6 +75,14 @@ class AugmentConfig:
     flip: float = 0.0
     # filter of the resize after the crop, as in the preprocessing
     interpolation: Interpolation = "bicubic"
+    # changes of brightness, contrast, saturation and hue; captions that name colours forbid the hue
+    color_jitter: ColorJitter = ColorJitter()
+    # probability of a grey image
+    grey: float = 0.0
+    # random operations of the fine-tuning recipes
+    rand_augment: RandAugment = RandAugment()
+    # a rectangle of noise
+    erasing: Erasing = Erasing()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Ranges that no crop satisfies."""
@@ -77,6 +92,8 @@ class AugmentConfig:
             yield "ratio", f"= {self.ratio} must satisfy 0 < least <= most"
         if not 0 <= self.flip <= 1:
             yield "flip", f"= {self.flip} must be a probability in 0..1"
+        if not 0 <= self.grey <= 1:
+            yield "grey", f"= {self.grey} must be a probability in 0..1"
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
@@ -175,8 +192,30 @@ def preprocess(image: np.ndarray, config: PreprocessConfig, size: int) -> np.nda
     return resized[top : top + size, left : left + size]
 
 
+def training_view(
+    image: np.ndarray, rng: np.random.Generator, config: AugmentConfig, preprocess: PreprocessConfig, size: int
+) -> np.ndarray:
+    """uint8 [H, W, 3] to uint8 [size, size, 3]; `preprocess` gives mean and deviation to what erasing fills in.
+
+    What is switched off draws no random number.
+    """
+    view = random_resized_crop(image, rng, config, size)
+    if config.color_jitter.on or config.grey or config.rand_augment.layers:
+        picture = Image.fromarray(np.ascontiguousarray(view))
+        if config.color_jitter.on:
+            picture = augment.color_jitter(picture, rng, config.color_jitter)
+        if config.grey and rng.random() < config.grey:
+            picture = augment.grey(picture)
+        if config.rand_augment.layers:
+            picture = augment.rand_augment(picture, rng, config.rand_augment)
+        view = np.asarray(picture)
+    if config.erasing.probability:
+        view = augment.erase(view, rng, config.erasing, preprocess.mean, preprocess.std)
+    return view
+
+
 def random_resized_crop(image: np.ndarray, rng: np.random.Generator, config: AugmentConfig, size: int) -> np.ndarray:
-    """The training view, uint8 [H, W, 3] to uint8 [size, size, 3].
+    """A random crop, flipped at random, uint8 [H, W, 3] to uint8 [size, size, 3].
 
     Area and aspect ratio are drawn as in torchvision's `RandomResizedCrop` (Szegedy et al. 2015, section 6): uniform
     area, log-uniform ratio, ten tries, else the largest centre crop within the ratios.

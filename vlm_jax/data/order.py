@@ -1,11 +1,12 @@
-"""Which record stands at a position of a run: a pure function of (seed, position), in constant time and memory.
+"""Which record stands at a position of a run: a pure function of (seed, position), in constant time.
 
 A run walks positions 0, 1, 2, ...; hosts, workers and batch sizes only decide who computes which position. Every
 epoch is its own permutation, by a Feistel network over the smallest even number of bits that holds the length, with
 cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, section 3.2). Nothing is stored.
+How several sources take turns is `interleave`'s business.
 """
 
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -58,6 +59,38 @@ def substitute(position: int, attempt: int, length: int, seed: int) -> int:
 def example_rng(seed: int, position: int) -> np.random.Generator:
     """The randomness (crop, flip, choice of caption) of the example at a position of a run."""
     return np.random.Generator(np.random.Philox(key=[_mix(seed & _MASK), position]))
+
+
+class Order(Protocol):
+    """The walk of a run through a source."""
+
+    def index(self, position: int) -> int:
+        """Index of the record at a position."""
+        ...
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """Index of the record that stands in at a position whose own can't be used; `attempt` counts from 1."""
+        ...
+
+
+class Epochs:
+    """One source after another time through itself, each epoch in an order of its own."""
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed = length, seed
+
+    def index(self, position: int) -> int:
+        """See `record_index`."""
+        return record_index(position, self.length, self.seed)
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """See `substitute`."""
+        return substitute(position, attempt, self.length, self.seed)
+
+
+def subseed(seed: int, number: int) -> int:
+    """The seed of part `number` of a run: parts of equal length walk through different permutations."""
+    return _mix(_mix(seed & _MASK) ^ _mix(number))
 
 
 def _mix(x: Any) -> Any:

@@ -19,8 +19,7 @@ from vlm_jax.data.bad_records import BadRecordAccount, Failure
 from vlm_jax.data.examples import Example, MakeExample
 from vlm_jax.data.images import AugmentConfig, PreprocessConfig
 from vlm_jax.data.rows import EvalRows, HostBatch, Schedule, TrainRows, host_batches
-from vlm_jax.data.sources import DigitsConfig, Source, SourceConfig, source_for_path
-from vlm_jax.data.sources.base import keys_at
+from vlm_jax.data.sources import DigitsConfig, Source, SourceConfig, source_at
 from vlm_jax.data.text import ClipBpeConfig, TokenizerConfig
 from vlm_jax.mesh import batch_sharding
 from vlm_jax.schema import ConfigError
@@ -35,14 +34,14 @@ class DataConfig:
 
     # records
     source: SourceConfig = dataclasses.field(default_factory=DigitsConfig)
-    # short form: tar shards, a .jsonl, .csv or .tsv file; when set it replaces `source`, whose other keys stay if it
-    # is of the same kind
+    # short form: tar shards, a table (.jsonl, .csv, .tsv), *.array_record, a folder per class; when set it replaces
+    # `source`, whose other keys stay if it is of the same kind
     path: str = ""
     # rows of the global batch
     batch_size: int = 256
     # evaluation view, and the normalisation on the chip
     preprocess: PreprocessConfig = dataclasses.field(default_factory=PreprocessConfig)
-    # random crop of training; None trains on the evaluation view
+    # random view of training; None trains on the evaluation view
     augment: AugmentConfig | None = dataclasses.field(default_factory=AugmentConfig)
     # captions to ids
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=ClipBpeConfig)
@@ -69,15 +68,7 @@ class DataConfig:
 
     def build_source(self, cache_dir: str) -> Source:
         """The source of `path` if that is set, else of `source`; raises `ConfigError`."""
-        if not self.path:
-            return self.source.build(cache_dir)
-        source, others = source_for_path(self.path), "config.data.source."
-        if isinstance(self.source, type(source)):
-            source = dataclasses.replace(self.source, path=self.path)
-        else:
-            others = f"config.data.source={source.kind()}, {others}"
-        with keys_at("config.data.path", others):
-            return source.build(cache_dir)
+        return source_at(self.path, self.source, "config.data.path", "config.data.source", cache_dir)
 
 
 class _Layout:

@@ -15,8 +15,10 @@ from absl import flags
 
 from vlm_jax.data.bad_records import Failure, none_usable
 from vlm_jax.data.examples import Example, MakeExample
-from vlm_jax.data.order import example_rng, record_index, substitute
+from vlm_jax.data.interleave import Interleaved
+from vlm_jax.data.order import Epochs, Order, example_rng, subseed
 from vlm_jax.data.sources.base import BadRecord, Source
+from vlm_jax.data.sources.mixture import MixtureSource
 
 Row = tuple[Example, list[Failure]]
 HostBatch = tuple[Example, list[Failure]]
@@ -25,23 +27,33 @@ _ENDLESS = 1 << 56
 _CHUNKS_PER_THREAD = 4
 
 
+def order_of(source: Source, seed: int) -> Order:
+    """The walk of training through a source: epochs, or those of its parts taking turns."""
+    if not isinstance(source, MixtureSource):
+        return Epochs(len(source), seed)
+    orders = [order_of(part, subseed(seed, number)) for number, part in enumerate(source.sources)]
+    return Interleaved(orders, [len(part) for part in source.sources], source.weights)
+
+
 class TrainRows:
     """The row at a position of a training run: a pure function of (seed, position)."""
 
     def __init__(self, source: Source, make_example: MakeExample, seed: int):
         self.source, self.make_example, self.seed = source, make_example, seed
+        self.order = order_of(source, seed)
 
     def __call__(self, position: int) -> Row:
         """The example, and the records that had to be replaced to get it."""
-        length, failures = len(self.source), []
-        index = record_index(position, length, self.seed)
+        failures = []
+        index = self.order.index(position)
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
                 return self.make_example(self.source[index], example_rng(self.seed, position)), failures
             except BadRecord as error:
                 failures.append(Failure.of(index, error))
-                index = substitute(position, attempt, length, self.seed)
-        raise none_usable(failures, f"none of {_MAX_ATTEMPTS} records drawn one after the other, of {length} in all,")
+                index = self.order.substitute(position, attempt)
+        drawn = f"none of {_MAX_ATTEMPTS} records drawn one after the other, of {len(self.source)} in all,"
+        raise none_usable(failures, drawn)
 
 
 class EvalRows:

@@ -1,11 +1,12 @@
 """Texts to rows of token ids: the runtime tokenizer, its conventions and its configs.
 
-`bpe` and `sentencepieces` turn one text into ids; here are context length, start and end tokens, padding and
-truncation, and what a checkpoint stores. Chat templates are not here.
+`bpe`, `sentencepieces` and `hf_tokenizer` turn one text into ids; here are context length, start and end tokens,
+padding and truncation, and what a checkpoint stores. Chat templates are not here.
 """
 
 import base64
 import dataclasses
+import gzip
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from vlm_jax import schema
-from vlm_jax.data import bpe, sentencepieces
+from vlm_jax.data import bpe, hf_tokenizer, sentencepieces
 from vlm_jax.schema import Choice, ConfigError
 
 
@@ -39,7 +40,7 @@ class TokenizerConfig(Choice):
     @classmethod
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The table kind -> config."""
-        return {"clip_bpe": ClipBpeConfig, "sentencepiece": SentencePieceConfig}
+        return {"clip_bpe": ClipBpeConfig, "sentencepiece": SentencePieceConfig, "hf": HfTokenizerConfig}
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Lengths and conventions that exclude each other."""
@@ -83,6 +84,26 @@ class SentencePieceConfig(TokenizerConfig):
             yield "vocab_size", f"= {self.vocab_size} has no room for the 256 bytes and some words; use 300 or more"
         if not self.path and self.bos:
             yield "bos", "is true, but a model trained here has no start token; set it to false or give a path"
+
+
+@dataclasses.dataclass(frozen=True)
+class HfTokenizerConfig(TokenizerConfig):
+    """A Hugging Face `tokenizer.json`; the keys here, and not its template, say which special tokens a text gets."""
+
+    # the normaliser of the file lower-cases if its authors wanted it
+    lower: bool = False
+    # tokenizer.json, or a folder that holds one
+    path: str = ""
+    # start token; empty: a usual one, such as <s> or [CLS]
+    bos_token: str = ""
+    # end token; empty: a usual one, such as </s> or [SEP]
+    eos_token: str = ""
+    # padding token; empty: a usual one, such as <pad>, else the id 0
+    pad_token: str = ""
+
+    def special_tokens(self) -> dict[str, str]:
+        """Role -> token, as the encoder takes them."""
+        return {"bos": self.bos_token, "eos": self.eos_token, "pad": self.pad_token}
 
 
 class Encoder(Protocol):
@@ -180,8 +201,22 @@ class Tokenizer:
         model = base64.b64decode(state["model"])
         if isinstance(config, ClipBpeConfig):
             return cls(config, bpe.ClipBpe(bpe.read_merges(model, "of the checkpoint"), config.fix_text))
+        if isinstance(config, HfTokenizerConfig):
+            return cls(config, hf_tokenizer.HfTokenizer(gzip.decompress(model), config.special_tokens()))
         return cls(config, sentencepieces.SentencePieces(model))
 
+
+SIGLIP_TOKENIZER = SentencePieceConfig(length=64, pad="eos", lower=True, canonicalize=True)
+"""SigLIP (Zhai et al. 2023; big_vision): canonical text, an end token even where the text is cut, padding with it.
+
+With its 32000 pieces of C4 as `path`; without a path a model of the same conventions is trained here. The text tower
+takes the last position, which is the end token always."""
+
+SIGLIP2_TOKENIZER = HfTokenizerConfig(length=64, bos=False, lower=True)
+"""SigLIP 2 (Tschannen et al. 2025, section 2): Gemma's tokenizer, lower-cased text, padding with id 0, end token 1.
+
+With the model's `tokenizer.json` as `path`. The text tower takes the last position, which is padding mostly. Copies of
+these models in open_clip drop punctuation too: for those, set `canonicalize`."""
 
 _PUNCTUATION = str.maketrans({"_": " ", **dict.fromkeys(string.punctuation.replace("_", ""))})
 
@@ -203,6 +238,8 @@ def build_tokenizer(config: TokenizerConfig, captions: Iterable[str] | None) -> 
     """
     if isinstance(config, ClipBpeConfig):
         return Tokenizer(config, bpe.load_clip_bpe(config.path, config.fix_text))
+    if isinstance(config, HfTokenizerConfig):
+        return Tokenizer(config, hf_tokenizer.load_hf_tokenizer(config.path, config.special_tokens()))
     if not isinstance(config, SentencePieceConfig):
         raise ConfigError(f"config.data.tokenizer must be one of {', '.join(TokenizerConfig.kinds())}")
     if config.path:

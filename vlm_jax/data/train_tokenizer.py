@@ -19,7 +19,7 @@ from vlm_jax.schema import ConfigError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 when the model was written, 2 when arguments or data don't allow it, 1 when the disk doesn't."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--path", required=True, help="tar shards (folder, glob, braces), a .jsonl, .csv or .tsv file")
+    parser.add_argument("--path", required=True, help="as config.data.path: tar shards, a table, a folder ...")
     parser.add_argument("--output", required=True, help="the model file to write")
     parser.add_argument("--vocab_size", type=int, default=8192, help="number of ids, the special ones included")
     parser.add_argument("--normalization", default="nmt_nfkc_cf", help="nmt_nfkc_cf folds case; identity keeps all")

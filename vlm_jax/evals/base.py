@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from vlm_jax import schema
-from vlm_jax.data.sources import Record, Source, SourceConfig
-from vlm_jax.data.sources.base import keys_at
+from vlm_jax.data.sources import Record, Source, SourceConfig, source_at
 from vlm_jax.evals.benchmark_json import BenchmarkEntry
 
 Vectors = Literal["pooled", "embedding"]
@@ -139,6 +138,8 @@ class EvalConfig(schema.Choice):
     every: int = 0
     # Only the first this many records; 0 = all.
     limit: int = 0
+    # Short form of the source, as data.path: tar shards, a table, a folder.
+    path: str = ""
 
     @classmethod
     def kinds(cls) -> Mapping[str, type[Any]]:
@@ -180,23 +181,13 @@ class EvalConfig(schema.Choice):
         Raises:
             ConfigError: it can't be opened, or holds no records.
         """
-        return open_records(self.source, f"config.evals.{self.name}.source", self.limit, cache_dir)
+        key = f"config.evals.{self.name}"
+        source = source_at(self.path, self.source, f"{key}.path", f"{key}.source", cache_dir)
+        return first_records(source, f"{key}.source", self.limit)
 
 
-def open_records(config: SourceConfig, key: str, limit: int, cache_dir: str) -> Source:
-    """The first `limit` records of a source (0: all), for an evaluation.
-
-    Args:
-        config: the source.
-        key: where it stands, such as `config.evals.digits.source`.
-        limit: see above.
-        cache_dir: where it may keep its index.
-
-    Raises:
-        ConfigError: it can't be opened, or holds no records.
-    """
-    with keys_at(f"{key}.path", f"{key}."):
-        source = config.build(cache_dir)
+def first_records(source: Source, key: str, limit: int) -> Source:
+    """The first `limit` records of a source (0: all); raises `ConfigError`, naming its `key`, when it holds none."""
     if len(source) == 0:
         raise schema.ConfigError(f"{key} holds no records; check its path and split.")
     return FirstRecords(source, limit) if 0 < limit < len(source) else source

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm_jax.data.sources import Source, SourceConfig
-from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, Vectors, open_records
+from vlm_jax.data.sources import Source, SourceConfig, source_at
+from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, Vectors, first_records
 from vlm_jax.evals.classification import check_labels
 from vlm_jax.evals.features import Labelled, encode_labelled
 from vlm_jax.schema import ConfigError
@@ -24,6 +24,8 @@ class FrozenConfig(EvalConfig):
     train_source: SourceConfig = dataclasses.field(kw_only=True)
     # Only the first this many records of it; 0 = all.
     train_limit: int = 0
+    # Short form of train_source, as data.path.
+    train_path: str = ""
     # Vector of an image: "pooled", before the projection into the joint space (as in the CLIP paper), or "embedding",
     # after it; not normalised.
     features: Vectors = "pooled"
@@ -41,7 +43,9 @@ class FrozenConfig(EvalConfig):
             ConfigError: one can't be opened or holds no records, or they name different classes.
         """
         test = self.open_source(cache_dir)
-        train = open_records(self.train_source, f"config.evals.{self.name}.train_source", self.train_limit, cache_dir)
+        key = f"config.evals.{self.name}"
+        train = source_at(self.train_path, self.train_source, f"{key}.train_path", f"{key}.train_source", cache_dir)
+        train = first_records(train, f"{key}.train_source", self.train_limit)
         if train.class_names and test.class_names and tuple(train.class_names) != tuple(test.class_names):
             raise ConfigError(
                 f"Evaluation {self.name!r}: train_source names the classes {_some(train.class_names)} and source names "

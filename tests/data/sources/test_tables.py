@@ -1,8 +1,11 @@
+import csv
+import dataclasses
 import json
 import pickle
 
 import pytest
 
+from vlm_jax import schema
 from vlm_jax.data.sources import BadRecord, CsvConfig, JsonlConfig, TarConfig, source_for_path
 from vlm_jax.schema import ConfigError
 
@@ -77,7 +80,7 @@ def test_missing_columns_list_those_found_and_the_nearest(folder):
     table = folder / "t.csv"
     table.write_text("filepath,title\na.png,x\n")
     with pytest.raises(ConfigError, match=r"no column 'path' .*it has: filepath, title; did you mean 'filepath'\?"):
-        CsvConfig(path=str(table), image_key="path", text_key="title").build("")
+        CsvConfig(path=str(table), image_key="path", text_key=("title",)).build("")
 
 
 @pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
@@ -147,3 +150,83 @@ def test_kind_is_read_from_the_name(folder):
     for path in ("photos.zip", str(folder / "pictures")):
         with pytest.raises(ConfigError, match=r"config\.data\.path = .*give tar shards"):
             source_for_path(path)
+
+
+def labelled(kind, folder, labels, captions=True, **options):
+    """A table with one row per label."""
+    rows = [{"image": "pictures/a.png", "caption": f"number {n}", "class": label} for n, label in enumerate(labels)]
+    if kind == "jsonl":
+        path = jsonl(folder, *(json.dumps({key: value for key, value in r.items() if value is not None}) for r in rows))
+        config = JsonlConfig(path=path, label_key="class", **options)
+    else:
+        path = str(folder / "t.csv")
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter=";")
+            writer.writeheader()
+            writer.writerows(rows)
+        config = CsvConfig(path=path, label_key="class", **options)
+    return dataclasses.replace(config, **{} if captions else {"text_key": ()}).build("")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_labels_by_number_and_by_name(folder, kind):
+    source = labelled(kind, folder, [7, 0, None, 3])
+    assert source.class_names == ()
+    assert [source[i].get("label") for i in range(4)] == [7, 0, None, 3]
+    assert source[1]["texts"] == ("number 1",)
+    named = labelled(kind, folder, ["dog", "cat; big", None, "dog", "ant"])
+    assert named.class_names == ("ant", "cat; big", "dog")
+    assert [named[i].get("label") for i in range(5)] == [2, 1, None, 2, 0]
+    assert pickle.loads(pickle.dumps(named))[4]["label"] == 0
+    given = labelled(kind, folder, ["dog", "cat", 1, "bird", 2, -1], class_names=("dog", "cat"), captions=False)
+    assert [given[i]["label"] for i in range(3)] == [0, 1, 1]
+    assert given[0]["texts"] == ()
+    for index in (3, 4, 5):
+        with pytest.raises(BadRecord, match=rf"number {index + 1} of .*its label is .*not one of the 2 class names"):
+            given[index]
+    with pytest.raises(ConfigError, match=r"no column 'kind' .*label_key\); it has: image, caption, class"):
+        type(source.config)(path=source.config.path, label_key="kind").build("")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_several_captions_with_probabilities(folder, kind):
+    rows = [
+        {"image": "pictures/a.png", "long": "a long one", "short": "one"},
+        {"image": "pictures/a.png", "long": "", "short": "two"},
+    ]
+    if kind == "jsonl":
+        rows[0]["short"] = ["one", "1"]
+        config = JsonlConfig(path=jsonl(folder, *map(json.dumps, [*rows, {"image": "pictures/a.png", "long": None}])))
+    else:
+        (folder / "t.csv").write_text("image,long,short\n" + "\n".join(",".join(row.values()) for row in rows))
+        config = CsvConfig(path=str(folder / "t.csv"))
+    config = dataclasses.replace(config, text_key=("short", "long"))
+    assert config.build("")[0]["texts"] == (("one", "1") if kind == "jsonl" else ("one",)) + ("a long one",)
+    assert "text_weights" not in config.build("")[0]
+    source = dataclasses.replace(config, text_probabilities=(1, 3)).build("")
+    assert source[0]["text_weights"] == ((0.125, 0.125, 0.75) if kind == "jsonl" else (0.25, 0.75))
+    assert (source[1]["texts"], source[1]["text_weights"]) == (("two",), (1.0,))
+    if kind == "jsonl":
+        with pytest.raises(BadRecord, match=r"no 'short' or 'long' \(the source's text_key\); it has: image, long"):
+            source[2]
+    for options, message in (
+        ({"text_probabilities": (1.0,)}, "one number for each of"),
+        ({"text_probabilities": (1.0, 0.0)}, "must be positive"),
+        ({"text_key": ("a", "a")}, "names a key twice"),
+        ({"text_key": ()}, "text_key and label_key are both empty"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            schema.validate(dataclasses.replace(config, **options), "config.data.source")
+    assert schema.override(config, {"text_key": "caption"}).text_key == ("caption",)
+    assert schema.override(config, {"text_key": "a,b"}).text_key == ("a", "b")
+
+
+def test_a_list_of_labels_is_several_classes(tmp_path):
+    """Numbered over all lists and single values alike; an empty list is none of the classes."""
+    rows = [["cat", "dog"], "dog", [], ["bird"]]
+    lines = [json.dumps({"image": "x.png", "caption": "c", "what": value}) for value in rows]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    (tmp_path / "x.png").write_bytes(b"")
+    source = JsonlConfig(path=str(tmp_path / "t.jsonl"), label_key="what").build("")
+    assert source.class_names == ("bird", "cat", "dog")
+    assert [source[i]["label"] for i in range(4)] == [(1, 2), 2, (), (0,)]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_jax import schema
 from vlm_jax.data.sources import BadRecord, TarConfig, shards, source_for_path
-from vlm_jax.data.sources.tar import expand_braces, find_shards
+from vlm_jax.data.sources.paths import expand_braces, find_files
 from vlm_jax.schema import ConfigError
 
 
@@ -66,10 +67,10 @@ def test_braces_expand_as_in_a_shell(pattern, names):
 def test_paths_by_braces_glob_list_and_folder(tmp_path):
     names = [write_shard(tmp_path / f"s-{n:03d}.tar", pairs(3 * n, 3)) for n in range(4)]
     folder = str(tmp_path)
-    assert find_shards(f"{folder}/s-{{001..003}}.tar") == names[1:]
-    assert find_shards(f"{folder}/s-*.tar") == names
-    assert find_shards(folder) == names
-    assert find_shards(f"{names[2]}, {folder}/s-{{000,001}}.tar") == [names[2], names[0], names[1]]
+    assert find_files(f"{folder}/s-{{001..003}}.tar", "*.tar", "shards") == names[1:]
+    assert find_files(f"{folder}/s-*.tar", "*.tar", "shards") == names
+    assert find_files(folder, "*.tar", "shards") == names
+    assert find_files(f"{names[2]}, {folder}/s-{{000,001}}.tar", "*.tar", "shards") == [names[2], names[0], names[1]]
     source = source_for_path(f"{folder}/s-{{000..003}}.tar").build("")
     assert usable(source) == ([f"{n:04d}" for n in range(12)], [])
     record = source[7]
@@ -138,6 +139,19 @@ def test_unusable_records_name_shard_and_key(tmp_path, member, why):
     again = pickle.loads(pickle.dumps(caught.value))
     assert str(again) == str(caught.value)
     assert usable(source)[0] == ["0000", "0002"]
+
+
+def test_captions_of_several_json_keys_with_probabilities(tmp_path):
+    values = {"short": "s", "long": ["l", "", "m"], "other": "o"}
+    members = [("a.png", png()), ("a.json", json.dumps(values).encode())]
+    members += [("b.png", png()), ("b.json", b'{"short": "t"}')]
+    path = write_shard(tmp_path / "s.tar", members)
+    source = TarConfig(path=path, json_text_key=("long", "short"), text_probabilities=(0.8, 0.2)).build("")
+    assert source[0]["texts"] == source.texts(0) == ("l", "m", "s")
+    assert source[0]["text_weights"] == (0.4, 0.4, 0.2)
+    assert (source[1]["texts"], source[1]["text_weights"]) == (("t",), (1.0,))
+    with pytest.raises(ConfigError, match=r"text_probabilities = .* must hold one number for each"):
+        schema.validate(TarConfig(json_text_key=("a", "b"), text_probabilities=(1.0,)), "config.data.source")
 
 
 def test_index_is_cached_and_follows_changes_of_the_shard(tmp_path, monkeypatch):

@@ -1,10 +1,14 @@
 """Sources of records: random access by index to images with captions or labels, from files or drawn."""
 
+import dataclasses
 import os
 from typing import Any
 
-from vlm_jax.data.sources.base import BadRecord, Record, Source, SourceConfig
+from vlm_jax.data.sources.array_record import ArrayRecordConfig
+from vlm_jax.data.sources.base import BadRecord, Record, Source, SourceConfig, keys_at
+from vlm_jax.data.sources.class_folders import ClassFoldersConfig, class_folders, image_files
 from vlm_jax.data.sources.digits import DigitsConfig
+from vlm_jax.data.sources.mixture import MixtureConfig, MixturePart
 from vlm_jax.data.sources.shapes import ShapesConfig
 from vlm_jax.data.sources.tables import CsvConfig, JsonlConfig
 from vlm_jax.data.sources.tar import TarConfig
@@ -18,11 +22,14 @@ KINDS: dict[str, type[Any]] = {
     "jsonl": JsonlConfig,
     "csv": CsvConfig,
     "tfds": TfdsConfig,
+    "array_record": ArrayRecordConfig,
+    "class_folders": ClassFoldersConfig,
+    "mixture": MixtureConfig,
 }
 
 
 def source_for_path(path: str) -> SourceConfig:
-    """The kind of source that a path's name speaks of, with its defaults.
+    """The kind of source that a path's name, or what lies in the folder that it names, speaks of; with its defaults.
 
     Raises:
         ConfigError: the name speaks of none; says which names do.
@@ -32,28 +39,79 @@ def source_for_path(path: str) -> SourceConfig:
         return JsonlConfig(path=path)
     if lower.endswith((".csv", ".tsv")):
         return CsvConfig(path=path)
+    if os.path.isdir(path):
+        return _source_for_folder(path)
+    if "array_record" in lower:
+        return ArrayRecordConfig(path=path)
     if ".tar" in lower:
         return TarConfig(path=path)
-    if os.path.isdir(path) and any(name.endswith(".tar") for name in os.listdir(path)):
+    raise _unknown(path, "of no kind that is known")
+
+
+def source_at(path: str, source: SourceConfig, path_key: str, source_key: str, cache_dir: str) -> Source:
+    """Opens what the short form `path` of a source names, or the source itself where that is empty.
+
+    Args:
+        path: tar shards, a table, a folder; replaces the source, whose other keys stay if it is of the same kind.
+        source: the source.
+        path_key: how the path was given, for messages: `config.data.path`.
+        source_key: how the source is given: `config.data.source`.
+        cache_dir: folder for indices of files that lie in folders that can't be written.
+
+    Raises:
+        ConfigError: it can't be opened; names the keys as they were given.
+    """
+    if not path:
+        with keys_at(f"{source_key}.path", f"{source_key}."):
+            return source.build(cache_dir)
+    with keys_at(path_key, f"{source_key}."):
+        named = source_for_path(path)
+    others = f"{source_key}."
+    if isinstance(source, type(named)):
+        named = dataclasses.replace(source, path=path)
+    else:
+        others = f"{source_key}={named.kind()}, {others}"
+    with keys_at(path_key, others):
+        return named.build(cache_dir)
+
+
+def _source_for_folder(path: str) -> SourceConfig:
+    names = os.listdir(path)
+    if any(name.endswith(".tar") for name in names):
         return TarConfig(path=path)
-    state = "a folder without *.tar" if os.path.isdir(path) else "of no kind that is known"
-    raise ConfigError(
-        f"config.data.path = {path!r} is {state}; give tar shards (folder, glob, or shard-{{000..009}}.tar), "
-        "a .jsonl, .csv or .tsv file, or set config.data.source to a kind and its own keys"
+    if "dataset_info.json" in names:
+        return TfdsConfig(path=path)
+    if any("array_record" in name for name in names):
+        return ArrayRecordConfig(path=path)
+    if any(True for folder in class_folders(path) for _ in image_files(path, folder)):
+        return ClassFoldersConfig(path=path)
+    raise _unknown(path, "a folder without *.tar, *.array_record or class folders with images")
+
+
+def _unknown(path: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"config.data.source.path = {path!r} is {what}; give tar shards (folder, glob, or shard-{{000..009}}.tar), "
+        "a .jsonl, .csv or .tsv file, *.array_record files, a folder with a folder per class, or set "
+        "config.data.source to a kind and its own keys"
     )
 
 
 __all__ = [
     "KINDS",
+    "ArrayRecordConfig",
     "BadRecord",
+    "ClassFoldersConfig",
     "CsvConfig",
     "DigitsConfig",
     "JsonlConfig",
+    "MixtureConfig",
+    "MixturePart",
     "Record",
     "ShapesConfig",
     "Source",
     "SourceConfig",
     "TarConfig",
     "TfdsConfig",
+    "source_at",
     "source_for_path",
 ]

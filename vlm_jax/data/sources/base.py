@@ -14,7 +14,8 @@ from vlm_jax.schema import Choice, ConfigError
 
 Record = dict[str, Any]
 """One example as it is stored: `image` (encoded bytes, uint8 [H, W, 3], or None), `texts` (tuple of captions, at
-least one), `key`, `where` (the shard or file it came from), and for labelled sources `label` (int)."""
+least one), `key`, `where` (the shard or file it came from), for labelled sources `label` (int), and `text_weights`
+(the probability of each caption) where the source gives its captions different ones."""
 
 
 class BadRecord(Exception):  # noqa: N818 - it names the record, and most are replaced
@@ -84,23 +85,6 @@ def keys_at(path: str, others: str) -> Iterator[None]:
     except ConfigError as error:
         sentence = str(error).replace("config.data.source.path", path).replace("config.data.source.", others)
         raise ConfigError(sentence) from error
-
-
-def checked_texts(texts: Iterable[Any], where: str, key: str) -> tuple[str, ...]:
-    """The captions that hold something to read; raises `BadRecord` when there is none or one is not a text."""
-    texts = tuple(texts)
-    for text in texts:
-        if not isinstance(text, str):
-            raise BadRecord(where, key, f"its caption is a {type(text).__name__}, not a text: {text!r:.60}")
-        if not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise BadRecord(where, key, f"its caption is not valid UTF-8 (character {error.start})") from None
-    usable = tuple(text for text in texts if text.strip())
-    if not usable:
-        raise BadRecord(where, key, "its caption is empty")
-    return usable
 
 
 class PackedStrings:

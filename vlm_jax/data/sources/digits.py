@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm_jax.data.sources.base import Record, SourceConfig
+from vlm_jax.data.sources.texts import fill_templates, template_problems
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELD_OUT = 5  # every fifth scan of each digit, in the file's order, belongs to the test split
@@ -33,11 +34,7 @@ class DigitsConfig(SourceConfig):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Templates that can't make a caption."""
-        if not self.templates:
-            yield "templates", "is empty; give at least one, e.g. ('a photo of the digit {}.',)"
-        for template in self.templates:
-            if template.count("{}") != 1:
-                yield "templates", f"holds {template!r}; each must hold {{}} once, where the digit's word goes"
+        yield from template_problems(self.templates, "the digit's word")
 
     def build(self, cache_dir: str) -> "DigitsSource":
         """The scans of the split; needs no files."""
@@ -75,8 +72,7 @@ class DigitsSource:
 
     def texts(self, index: int) -> tuple[str, ...]:
         """Every template filled with the word of the digit."""
-        word = WORDS[self.labels[index]]
-        return tuple(template.format(word) for template in self.templates)
+        return fill_templates(self.templates, WORDS[self.labels[index]])
 
 
 @functools.cache

@@ -74,26 +74,35 @@ class ShapesConfig(SourceConfig):
 
 
 class ShapesSource:
-    """uint8 [image_size, image_size, 3] scenes with two captions and the list of objects."""
+    """uint8 [image_size, image_size, 3] scenes with two captions and the list of objects.
 
-    class_names: tuple[str, ...] = ()
+    Scenes of one object each are labelled too, by its colour and shape: 48 classes such as "red circle".
+    """
 
     def __init__(self, config: ShapesConfig):
         self.config = config
+        names = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
+        self.class_names: tuple[str, ...] = names if config.max_objects == 1 else ()
 
     def __len__(self) -> int:
         return self.config.count
 
     def __getitem__(self, index: int) -> Record:
-        """The scene; `scene` is a list of dicts with `shape`, `color`, `size`, `position`, in reading order."""
+        """The scene; `scene` is a list of dicts with `shape`, `color`, `size`, `position`, in reading order.
+
+        `label` is there in scenes of one object.
+        """
         rng, scene = self._scene(index)
-        return {
+        record: Record = {
             "image": _draw(scene, self.config.image_size, rng),
             "texts": _captions(scene),
             "scene": scene,
             "key": f"{self.config.split}-{index:06d}",
             "where": "shapes",
         }
+        if self.class_names:
+            record["label"] = self.class_names.index(f"{scene[0]['color']} {scene[0]['shape']}")
+        return record
 
     def texts(self, index: int) -> tuple[str, ...]:
         """The captions, without drawing."""

@@ -1,17 +1,18 @@
 """Captions in a table (.jsonl, .csv, .tsv) beside a folder of image files."""
 
+import contextlib
 import csv
 import dataclasses
-import difflib
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from vlm_jax.data.sources.base import BadRecord, PackedStrings, Record, SourceConfig, checked_texts
+from vlm_jax.data.sources.base import BadRecord, PackedStrings, Record
+from vlm_jax.data.sources.keyed import KeyedConfig
 from vlm_jax.schema import ConfigError
 
 _SCAN_BYTES = 1 << 24
@@ -20,22 +21,14 @@ _EXTRA = "(fields beyond the header)"
 
 
 @dataclasses.dataclass(frozen=True)
-class TableConfig(SourceConfig):
-    """One row per image; every row names its file and its caption."""
+class TableConfig(KeyedConfig):
+    """One row per image; every row names its file and its caption, its class (a number or a name), or both.
 
-    # the table file
-    path: str = ""
+    Classes without `class_names` are numbered in the sorted order of their names.
+    """
+
     # folder that relative image names start from; empty: the folder of the table
     image_root: str = ""
-    # column (csv) or key (jsonl) of the image's file name
-    image_key: str = "image"
-    # column or key of the caption; in a jsonl its value may be a list of captions
-    text_key: str = "caption"
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Keys that can't both be read."""
-        if self.image_key == self.text_key:
-            yield "text_key", f"= {self.text_key!r} is image_key too; name the column of the captions"
 
     def table(self) -> str:
         """The table's path; raises `ConfigError` when it is not a file."""
@@ -49,18 +42,6 @@ class TableConfig(SourceConfig):
                 f"names in {self.path} start from"
             )
         return self.path
-
-    def check_columns(self, found: Iterable[str]) -> None:
-        """Raises `ConfigError` when a column is missing; lists those found and the nearest."""
-        found = list(found)
-        for field, name in (("image_key", self.image_key), ("text_key", self.text_key)):
-            if name not in found:
-                near = difflib.get_close_matches(name, found, n=1, cutoff=0.3)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(
-                    f"{self.path} has no column {name!r} (config.data.source.{field}); "
-                    f"it has: {', '.join(found) or '(none)'}{hint}"
-                )
 
     def read_image(self, name: str, key: str) -> bytes:
         """Bytes of an image file; raises `BadRecord` when it can't be read."""
@@ -101,56 +82,108 @@ class CsvConfig(TableConfig):
         return CsvSource(self)
 
 
+class Labels:
+    """The numbers of the classes that a table names.
+
+    Attributes:
+        names: class names in the order of their numbers; empty where the table holds numbers.
+    """
+
+    def __init__(self, values: Iterable[Any], names: tuple[str, ...]):
+        """Takes the values of the column, to find the classes in it where `names` gives none."""
+        single = (item for value in values for item in (value if isinstance(value, list) else [value]))
+        distinct = () if names else {value for value in single if isinstance(value, int | str) and value != ""}
+        numbers = all(_as_number(value) is not None for value in distinct)
+        self.names = names if numbers else tuple(sorted(map(str, distinct)))
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+
+    def read(self, value: Any, where: str, key: str) -> dict[str, int | tuple[int, ...]]:
+        """`label` of a record, if it has one: a number, or of a list a tuple, which may be empty.
+
+        Raises:
+            BadRecord: a label that is no class.
+        """
+        if value is None or value == "":
+            return {}
+        if isinstance(value, list):
+            return {"label": tuple(self._number(item, where, key) for item in value)}
+        return {"label": self._number(value, where, key)}
+
+    def _number(self, value: Any, where: str, key: str) -> int:
+        number = self._numbers.get(str(value), _as_number(value))
+        if number is None or number < 0 or (self.names and number >= len(self.names)):
+            known = f"one of the {len(self.names)} class names or their numbers" if self.names else "a number"
+            raise BadRecord(where, key, f"its label is {value!r:.60}, not {known}")
+        return number
+
+
+def _as_number(value: Any) -> int | None:
+    if isinstance(value, str) and value.strip().removeprefix("-").isdecimal():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 class JsonlSource:
     """Lines are read when they are needed; only their offsets are kept."""
 
-    class_names: tuple[str, ...] = ()
-
     def __init__(self, config: JsonlConfig):
-        self.config = config
+        self.config, self.captions = config, config.caption_keys()
         self.starts, self.stops = _line_spans(config.table())
         if not len(self.starts):
             raise ConfigError(f"{config.path} holds no line; give a file with one JSON object per line")
-        config.check_columns(self._first_row())
+        config.check_keys(self._columns(), config.path, "column")
+        self.labels = Labels(self._all_labels() if config.label_key else (), config.class_names)
+        self.class_names = self.labels.names
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> Record:
-        """The captions and the bytes of the image file."""
-        row, key = self._row(index), self._key(index)
+        """The bytes of the image file, its captions, and its label when there is one."""
+        row, key, where = self._row(index), self._key(index), self.config.path
         name = row.get(self.config.image_key)
         if not isinstance(name, str) or not name:
             raise BadRecord(self.config.path, key, f"it names no image under {self.config.image_key!r}")
-        texts = self._texts(row, key)
-        return {"image": self.config.read_image(name, key), "texts": texts, "key": key, "where": self.config.path}
+        texts = self.captions.read(row, where, key) if self.captions.keys else {"texts": ()}
+        label = self.labels.read(row.get(self.config.label_key), where, key) if self.config.label_key else {}
+        return {"image": self.config.read_image(name, key), **texts, **label, "key": key, "where": where}
 
     def texts(self, index: int) -> tuple[str, ...]:
         """The captions."""
-        return self._texts(self._row(index), self._key(index))
+        return self.captions.read(self._row(index), self.config.path, self._key(index))["texts"]
 
-    def _texts(self, row: dict[str, Any], key: str) -> tuple[str, ...]:
-        if self.config.text_key not in row:
-            raise BadRecord(self.config.path, key, f"it has no {self.config.text_key!r}")
-        value = row[self.config.text_key]
-        return checked_texts(value if isinstance(value, list) else [value], self.config.path, key)
+    def _all_labels(self) -> Iterator[Any]:
+        """The label of every line that can be read, for one pass over the file."""
+        if self.config.class_names:
+            return
+        with open(self.config.path, "rb") as file:
+            for index in range(len(self)):
+                with contextlib.suppress(BadRecord):  # training meets it again and reports it
+                    yield self._parse(self._line(file, index), index).get(self.config.label_key)
 
     def _key(self, index: int) -> str:
         return f"number {index + 1}"
 
-    def _first_row(self) -> dict[str, Any]:
+    def _columns(self) -> Iterable[str]:
+        """Keys of the first objects, in their order: a line may lack what others have."""
+        found: dict[str, None] = {}
         for index in range(min(len(self), _LINES_TRIED)):
-            try:
-                return self._row(index)
-            except BadRecord:
-                continue  # training meets it again and reports it
+            with contextlib.suppress(BadRecord):  # training meets it again and reports it
+                found |= dict.fromkeys(self._row(index))
+        if found:
+            return found
         raise ConfigError(f"{self.config.path} has no JSON object in its first lines; give one per line")
 
     def _row(self, index: int) -> dict[str, Any]:
-        start, stop = int(self.starts[index]), int(self.stops[index])
         with open(self.config.path, "rb") as file:
-            file.seek(start)
-            line = file.read(stop - start)
+            return self._parse(self._line(file, index), index)
+
+    def _line(self, file: BinaryIO, index: int) -> bytes:
+        start, stop = int(self.starts[index]), int(self.stops[index])
+        file.seek(start)
+        return file.read(stop - start)
+
+    def _parse(self, line: bytes, index: int) -> dict[str, Any]:
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:  # of the bytes or of the JSON
@@ -176,39 +209,52 @@ def _line_spans(path: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class CsvSource:
-    """The two columns in memory, packed."""
-
-    class_names: tuple[str, ...] = ()
+    """The columns that are used in memory, packed."""
 
     def __init__(self, config: CsvConfig):
-        self.config = config
-        images, texts = [], []
+        self.config, self.caption_keys = config, config.caption_keys()
+        label_key = [config.label_key] * bool(config.label_key)
+        columns: dict[str, list[str]] = {name: [] for name in (config.image_key, *config.text_key, *label_key)}
         self.torn: dict[int, int] = {}  # number of fields of each row that has more than the header
         for index, row in enumerate(_csv_rows(config)):
-            images.append(row.get(config.image_key) or "")
-            texts.append(row.get(config.text_key) or "")
+            for name, column in columns.items():
+                column.append(row.get(name) or "")
             if _EXTRA in row:
                 self.torn[index] = len(row) - 1 + len(row[_EXTRA])
-        if not images:
+        if not columns[config.image_key]:
             raise ConfigError(f"{config.path} holds a header and no row; give one row per image")
-        self.images, self.captions = PackedStrings.pack(images), PackedStrings.pack(texts)
+        self.labels = Labels((value for name in label_key for value in columns[name]), config.class_names)
+        self.class_names = self.labels.names
+        self.columns = {name: PackedStrings.pack(column) for name, column in columns.items()}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.columns[self.config.image_key])
 
     def __getitem__(self, index: int) -> Record:
-        """The caption and the bytes of the image file."""
-        key, name, texts = self._key(index), self.images[index], self.texts(index)
+        """The bytes of the image file, its captions, and its label when there is one."""
+        key, where, name = self._key(index), self.config.path, self.columns[self.config.image_key][index]
+        self._check_fields(index)
+        texts = self._texts(index) if self.caption_keys.keys else {"texts": ()}
         if not name:
-            raise BadRecord(self.config.path, key, f"its column {self.config.image_key!r} is empty")
-        return {"image": self.config.read_image(name, key), "texts": texts, "key": key, "where": self.config.path}
+            raise BadRecord(where, key, f"its column {self.config.image_key!r} is empty")
+        label = {}
+        if self.config.label_key:
+            label = self.labels.read(self.columns[self.config.label_key][index], where, key)
+        return {"image": self.config.read_image(name, key), **texts, **label, "key": key, "where": where}
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """The caption, as a tuple of one."""
+        """The captions."""
+        self._check_fields(index)
+        return self._texts(index)["texts"]
+
+    def _texts(self, index: int) -> dict[str, Any]:
+        row = {name: self.columns[name][index] for name in self.caption_keys.keys}
+        return self.caption_keys.read(row, self.config.path, self._key(index))
+
+    def _check_fields(self, index: int) -> None:
         if index in self.torn:
             why = f"it has {self.torn[index]} fields, more than the header; put quotes around what holds a separator"
             raise BadRecord(self.config.path, self._key(index), why)
-        return checked_texts([self.captions[index]], self.config.path, self._key(index))
 
     def _key(self, index: int) -> str:
         return f"number {index + 1}"
@@ -224,7 +270,7 @@ def _csv_rows(config: CsvConfig) -> Iterator[dict[str, Any]]:
         separator = config.separator or max("\t,;|", key=header.count)
         row_lines: list[str] = []  # of the row that is being read
         reader = csv.DictReader(_kept(file, row_lines), restkey=_EXTRA, delimiter=separator)
-        config.check_columns(reader.fieldnames or ())
+        config.check_keys(reader.fieldnames or (), path, "column")
         row_lines.clear()  # of the header
         last: list[str] = []
         for row in reader:

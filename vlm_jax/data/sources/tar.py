@@ -5,20 +5,17 @@ Shards must be plain tar files on a file system. An index of offsets, made once 
 
 import bisect
 import dataclasses
-import glob
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from vlm_jax.data.sources.base import BadRecord, Record, SourceConfig, checked_texts
+from vlm_jax.data.sources.base import BadRecord, Record, SourceConfig
+from vlm_jax.data.sources.paths import find_files
 from vlm_jax.data.sources.shards import IMAGE, JSON, LABEL, TEXT, ShardIndex, shard_index
+from vlm_jax.data.sources.texts import CaptionKeys, checked_texts
 from vlm_jax.schema import ConfigError
-
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +24,10 @@ class TarConfig(SourceConfig):
 
     # shard-{000..009}.tar, a glob, a folder, or several of these with commas between
     path: str = ""
-    # key of the caption in *.json members; its value is a text or a list of texts
-    json_text_key: str = "caption"
+    # keys of the captions in *.json members; a value is a text or a list of texts
+    json_text_key: tuple[str, ...] = ("caption",)
+    # how often the captions of each key are trained on; empty: every caption is as likely as every other
+    text_probabilities: tuple[float, ...] = ()
     # names of the classes that *.cls members number; empty: the shards carry no labels
     class_names: tuple[str, ...] = ()
 
@@ -36,61 +35,15 @@ class TarConfig(SourceConfig):
         """A label per class name."""
         if len(set(self.class_names)) != len(self.class_names):
             yield "class_names", "names a class twice"
+        yield from self.caption_keys().problems()
+
+    def caption_keys(self) -> CaptionKeys:
+        """What a json member says of captions."""
+        return CaptionKeys(self.json_text_key, self.text_probabilities, "json_text_key")
 
     def build(self, cache_dir: str) -> "TarSource":
         """Finds the shards and indexes those that have no valid index yet."""
         return TarSource(self, cache_dir)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`a{08..10}b` to a08b, a09b, a10b and `{x,y}` to x, y, as a shell does; every combination of several."""
-    pieces: list[list[str]] = []
-    position = 0
-    for match in _BRACES.finditer(pattern):
-        pieces += [[pattern[position : match.start()]], _alternatives(match[1])]
-        position = match.end()
-    return ["".join(choice) for choice in itertools.product(*pieces, [pattern[position:]])]
-
-
-def _alternatives(inside: str) -> list[str]:
-    numbers = _RANGE.fullmatch(inside)
-    if not numbers:
-        return inside.split(",")
-    first, last = int(numbers[1]), int(numbers[2])
-    width = max(len(numbers[1]), len(numbers[2])) if "0" in (numbers[1][0], numbers[2][0]) else 0
-    step = 1 if first <= last else -1
-    return [f"{number:0{width}d}" for number in range(first, last + step, step)]
-
-
-def _split_list(path: str) -> list[str]:
-    """Splits at commas outside of braces."""
-    return [part.strip() for part in re.split(r",(?![^{}]*\})", path) if part.strip()]
-
-
-def find_shards(path: str) -> list[str]:
-    """The shard files that a path speaks of: in the order of the path, each glob and folder sorted.
-
-    Raises:
-        ConfigError: a file that is named doesn't exist, or a glob or folder gives none.
-    """
-    shards: list[str] = []
-    for part in _split_list(path):
-        for name in expand_braces(part):
-            if os.path.isdir(name):
-                found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-            elif glob.has_magic(name) and not os.path.exists(name):
-                found = sorted(glob.glob(name, recursive=True))
-            else:
-                found = [name] if os.path.isfile(name) else []
-            if not found:
-                what = "a folder without *.tar" if os.path.isdir(name) else "no file"
-                if glob.has_magic(name):
-                    what = "a pattern that no file matches"
-                raise ConfigError(f"config.data.source.path: {name!r} is {what}; check the path (it was {path!r})")
-            shards += found
-    if not shards:
-        raise ConfigError("config.data.source.path is empty; give tar shards, e.g. shard-{000..009}.tar")
-    return shards
 
 
 class TarSource:
@@ -98,7 +51,8 @@ class TarSource:
 
     def __init__(self, config: TarConfig, cache_dir: str):
         self.config, self.class_names = config, config.class_names
-        self.shards = find_shards(config.path)
+        self.captions = config.caption_keys()
+        self.shards = find_files(config.path, "*.tar", "tar shards, e.g. shard-{000..009}.tar")
         self.indices: list[ShardIndex] = []
         for shard in self.shards:
             try:
@@ -122,7 +76,7 @@ class TarSource:
         where, key = self.shards[shard], self.indices[shard].keys[row]
         record = {
             "image": self._part(shard, row, IMAGE),
-            "texts": self.texts(index) if self._has_text(shard, row) else (),
+            **(self._texts(shard, row) if self._has_text(shard, row) else {"texts": ()}),
             "key": key,
             "where": where,
         }
@@ -135,7 +89,9 @@ class TarSource:
 
     def texts(self, index: int) -> tuple[str, ...]:
         """The captions of the record's txt member, else of its json member; read without the image."""
-        shard, row = self._locate(index)
+        return self._texts(*self._locate(index))["texts"]
+
+    def _texts(self, shard: int, row: int) -> dict[str, Any]:
         where, key = self.shards[shard], self.indices[shard].keys[row]
         for part in (TEXT, JSON):
             data = self._part(shard, row, part)
@@ -146,17 +102,12 @@ class TarSource:
                 value = text if part == TEXT else json.loads(text)
             except ValueError as error:  # of the bytes or of the JSON
                 raise BadRecord(where, key, f"its caption can't be read: {error}") from error
-            if part == JSON:
-                value = self._from_json(value, where, key)
-            return checked_texts(value if isinstance(value, list) else [value.strip()], where, key)
+            if part == TEXT:
+                return {"texts": checked_texts([text.strip()], where, key)}
+            if not isinstance(value, dict):
+                raise BadRecord(where, key, f"its json is a {type(value).__name__}, not an object with a caption")
+            return self.captions.read(value, where, key)
         raise BadRecord(where, key, "it has no caption (txt or json)")
-
-    def _from_json(self, value: Any, where: str, key: str) -> list[Any]:
-        name = self.config.json_text_key
-        if not isinstance(value, dict) or name not in value:
-            has = ", ".join(map(str, value)) if isinstance(value, dict) else type(value).__name__
-            raise BadRecord(where, key, f"its json has no {name!r} (the source's json_text_key); it has: {has}")
-        return value[name] if isinstance(value[name], list) else [value[name]]
 
     def _label(self, data: bytes, where: str, key: str) -> int:
         try:
