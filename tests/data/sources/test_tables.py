@@ -148,7 +148,7 @@ def test_kind_is_read_from_the_name(folder):
     (folder / "x.tar").write_text("")
     assert isinstance(source_for_path(str(folder)), TarConfig)
     for path in ("photos.zip", str(folder / "pictures")):
-        with pytest.raises(ConfigError, match=r"config\.data\.path = .*give tar shards"):
+        with pytest.raises(ConfigError, match=r"config\.data\.source\.path = .*give tar shards"):
             source_for_path(path)
 
 
