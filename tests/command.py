@@ -87,3 +87,17 @@ def wait_for_no_children(session: int, seconds: float) -> list[int]:
     while (alive := children(session)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return alive
+
+
+def benchmark(script: str, *arguments: str) -> str:
+    """What a script of benchmarks/ prints."""
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

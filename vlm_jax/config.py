@@ -73,6 +73,8 @@ class Config:
     def problems(self) -> Iterator[tuple[str, str]]:
         """What must agree between the groups."""
         yield from self.objective.data_problems(self.data)
+        for key, sentence in self.optimizer.schedule.length_problems(self.train.steps):
+            yield f"optimizer.schedule.{key}", sentence
         if self.data.batch_size % self.train.accum_steps:
             yield (
                 "train.accum_steps",

@@ -25,6 +25,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--checkpoint", help="for --mode=eval: workdir, step directory or imported checkpoint")
     parser.add_argument("--print_config", action="store_true", help="print every key with its value and stop")
     parser.add_argument("--distributed", default="auto", help="auto, on, off, or HOST:PORT,COUNT,INDEX")
+    overrides, rest = split_overrides(arguments)
+    return parser.parse_args(rest), overrides
+
+
+def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """({dotted key: value} of every `--config.KEY=VALUE`, the other arguments)."""
     overrides, rest = {}, []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -32,7 +38,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
             overrides[key.removeprefix("--config.")] = value
         else:
             rest.append(argument)
-    return parser.parse_args(rest), overrides
+    return overrides, rest
 
 
 def run(flags: argparse.Namespace, overrides: dict[str, str], started: float) -> int:

@@ -1,4 +1,7 @@
-"""Learning-rate schedules as factors in [0, 1] of the peak, functions of the step and the run's length alone."""
+"""Learning-rate schedules as factors in [0, 1] of the peak, functions of the step and the run's length alone.
+
+What else changes between the phases of a run (dropped patches) is the method's: `ObjectiveConfig.phases`.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -7,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.schema import Choice
+from vlm_jax.schema import Choice, ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +22,16 @@ class ScheduleConfig(Choice):
     @classmethod
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The schedules by name."""
-        return {"cosine": Cosine, "linear": Linear, "rsqrt": Rsqrt, "constant": Constant}
+        return {"cosine": Cosine, "linear": Linear, "rsqrt": Rsqrt, "constant": Constant, "phases": Phases}
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Lengths out of range."""
         if self.warmup_steps < 0:
             yield "warmup_steps", f"= {self.warmup_steps} must not be negative"
+
+    def length_problems(self, total: int) -> Iterator[tuple[str, str]]:
+        """What doesn't fit a run of `total` steps: (key, sentence)."""
+        yield from ()
 
     def factor(self, step: jax.Array, total: int) -> jax.Array:
         """The factor at `step` () int32 of a run of `total` steps, fp32."""
@@ -99,3 +106,85 @@ class Constant(ScheduleConfig):
         if not self.cooldown_steps:
             return jnp.ones_like(step)
         return jnp.clip((total - step) / self.cooldown_steps, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with a schedule of its own."""
+
+    name: str  # stands in messages and in overrides (config.optimizer.schedule.phases.NAME.peak=0.1)
+    schedule: ScheduleConfig = Cosine()  # over the steps of this phase, its warm-up included
+    steps: int = 0  # length; 0: what the other phases leave of the run
+    peak: float = 1.0  # peak of this phase, as a factor on the optimiser's learning rate
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Numbers out of range."""
+        if self.steps < 0:
+            yield "steps", f"= {self.steps} must not be negative; 0 takes what the other phases leave"
+        if not 0 < self.peak <= 1:
+            yield (
+                "peak",
+                f"= {self.peak} must lie in (0, 1]; optimizer.learning_rate is the largest of all phases",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases(ScheduleConfig):
+    """Several schedules, one after the other: pre-training, then a tuning with its own warm-up and peak (FLIP)."""
+
+    phases: tuple[Phase, ...] = ()  # in order
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Phases that can't be told apart or have no length, and a warm-up beside theirs."""
+        names = [phase.name for phase in self.phases]
+        if not names:
+            yield "phases", "is empty; give the phases, or use one schedule for the whole run"
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield "phases", f"has two phases named {name!r}; give each its own name"
+        if sum(phase.steps == 0 for phase in self.phases) > 1:
+            yield "phases", "has several phases with steps = 0, which takes what is left of the run; only one can"
+        if self.warmup_steps:
+            yield (
+                "warmup_steps",
+                f"= {self.warmup_steps} has no effect: every phase has its own; set it to 0",
+            )
+
+    def length_problems(self, total: int) -> Iterator[tuple[str, str]]:
+        """Phases that don't add up to the run, and what doesn't fit a phase."""
+        fixed = sum(phase.steps for phase in self.phases)
+        lengths = ", ".join(f"{phase.name} {phase.steps}" for phase in self.phases if phase.steps)
+        rest = next((phase.name for phase in self.phases if not phase.steps), None)
+        if rest is not None and fixed >= total:
+            yield "phases", f"leaves no step for {rest!r}: {lengths} of a run of {total}; shorten them or train longer"
+        elif rest is None and fixed != total:
+            yield (
+                "phases",
+                f"takes {fixed} steps ({lengths}) of a run of {total}; set one phase's steps = 0, the rest of the run, "
+                "or train.steps to their sum",
+            )
+        else:
+            for _, length, phase in self._spans(total):
+                if phase.schedule.warmup_steps >= length:
+                    yield (
+                        f"phases.{phase.name}.schedule.warmup_steps",
+                        f"= {phase.schedule.warmup_steps} must be less than the {length} steps of the phase",
+                    )
+                for key, sentence in phase.schedule.length_problems(length):
+                    yield f"phases.{phase.name}.schedule.{key}", sentence
+
+    def factor(self, step: jax.Array, total: int) -> jax.Array:
+        """The factor at `step` of a run of `total` steps: that of the phase it lies in; after the last, its end."""
+        for key, sentence in self.length_problems(total):
+            raise ConfigError(f"schedule {key} {sentence}")
+        value = jnp.zeros(jnp.shape(step), jnp.float32)
+        for start, length, phase in self._spans(total):
+            value = jnp.where(step >= start, phase.peak * phase.schedule.factor(step - start, length), value)
+        return value
+
+    def _spans(self, total: int) -> Iterator[tuple[int, int, Phase]]:
+        """(first step, length, phase) of each phase."""
+        start, rest = 0, total - sum(phase.steps for phase in self.phases)
+        for phase in self.phases:
+            length = phase.steps or rest
+            yield start, length, phase
+            start += length

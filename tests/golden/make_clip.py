@@ -23,7 +23,7 @@ def make(family: str, activation: str) -> None:
         model = reference.hf_model(activation)
         settings = {key: model.config.to_dict()[key] for key in ("vision_config", "text_config")}
     else:
-        model = reference.open_clip_model(activation)
+        model = reference.open_clip_model(reference.open_clip_settings(activation))
         settings = reference.open_clip_settings(activation)
     weights = {f"weights/{name}": value for name, value in reference.to_numpy(model.state_dict()).items()}
     model.double()

@@ -2,4 +2,12 @@
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("torch") else ["test_clip_parity.py"]
+_NEED_TORCH = (
+    "test_clip_parity.py",
+    "test_coca_parity.py",
+    "test_presets_parity.py",
+    "test_resnet_parity.py",
+    "test_exports_load.py",
+    "test_siglip_loss_parity.py",
+)
+collect_ignore = [] if importlib.util.find_spec("torch") else list(_NEED_TORCH)

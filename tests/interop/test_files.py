@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from vlm_jax.data.images import PreprocessConfig
-from vlm_jax.interop.clip import ConversionError
 from vlm_jax.interop.files import WeightsError, read_weights, write_weights
 from vlm_jax.interop.preprocess import export_preprocess, import_preprocess
+from vlm_jax.interop.tables import ConversionError
 
 
 def test_bfloat16_is_read_from_its_bits(tmp_path):
@@ -55,12 +55,28 @@ def test_preprocessing_survives_the_way_there_and_back(family, resize):
             export_preprocess(config, (32, 32), family)
         return
     settings = json.loads(json.dumps(export_preprocess(config, (32, 32), family)))
-    assert import_preprocess(settings, family) == config
+    assert import_preprocess(settings, family, (32, 32)) == config
+
+
+OPENAI = {
+    "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 224,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
 
 
 def test_the_files_of_openai_on_hugging_face_are_clips_preprocessing():
-    settings = {
-        "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 224,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }  # fmt: skip
-    assert import_preprocess(settings, "hf") == PreprocessConfig()
+    assert import_preprocess(OPENAI, "hf", (224, 224)) == PreprocessConfig()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": {"shortest_edge": 256}}, "resizes to .*256.*, but the model takes"),
+        ({"do_normalize": False}, "do_normalize = False of the config file is not supported"),
+        ({"do_center_crop": False}, "not square"),
+        ({"resample": 1}, "'shortest', 1"),
+    ],
+)
+def test_preprocessing_that_we_lack_is_refused(changes, message):
+    with pytest.raises(ConversionError, match=message):
+        import_preprocess(OPENAI | changes, "hf", (224, 224))

@@ -1,8 +1,9 @@
 """Command line of import and export: flags, errors as sentences, exit codes. The work is done in `commands`.
 
-python -m vlm_jax.interop import --from=FILE_OR_DIR --to=DIR [--family=hf|open_clip] [--activation=quick_gelu]
-                                 [--tokenizer=FILE] [--allow_unexpected]
-python -m vlm_jax.interop export --from=CHECKPOINT --to=DIR --family=hf|open_clip [--dtype=float16]
+python -m vlm_jax.interop import --from=FILE_OR_DIR --to=DIR [--family=hf|open_clip|big_vision]
+                                 [--activation=quick_gelu] [--tokenizer=FILE|none] [--preprocess=clip|siglip]
+                                 [--allow_unexpected]
+python -m vlm_jax.interop export --from=CHECKPOINT --to=DIR --family=hf|open_clip|big_vision [--dtype=float16]
 """
 
 import argparse
@@ -10,13 +11,14 @@ import sys
 from pathlib import Path
 
 from vlm_jax.checkpoint_format import CheckpointError
-from vlm_jax.interop.clip import ConversionError
-from vlm_jax.interop.commands import FAMILIES, export_weights, import_weights
+from vlm_jax.interop.commands import export_weights, import_weights
 from vlm_jax.interop.files import WeightsError
+from vlm_jax.interop.formats import LIBRARIES
+from vlm_jax.interop.preprocess import KNOWN
+from vlm_jax.interop.tables import ConversionError
+from vlm_jax.main import EXIT_CONFIG
 from vlm_jax.models.mlp import ACTIVATIONS
 from vlm_jax.schema import ConfigError
-
-EXIT_BAD_INPUT = 2
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -33,24 +35,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     ):
         action.add_argument("--from", dest="source", type=Path, required=True, help=source)
         action.add_argument("--to", dest="target", type=Path, required=True, help="directory to write")
-    importer.add_argument("--family", choices=FAMILIES, help="whose names the weights carry (default: found out)")
+    importer.add_argument("--family", choices=LIBRARIES, help="whose names the weights carry (default: found out)")
     importer.add_argument("--activation", choices=list(ACTIVATIONS), help="where no config file tells it")
-    importer.add_argument("--tokenizer", default="", help="merges file of CLIP's BPE, or a SentencePiece *.model")
+    importer.add_argument(
+        "--tokenizer", default="", help="CLIP's merges, a SentencePiece *.model or a tokenizer.json; none to store none"
+    )
+    importer.add_argument("--preprocess", default="", choices=list(KNOWN), help="where no file tells it")
     importer.add_argument("--allow_unexpected", action="store_true", help="pass over names without a place")
-    exporter.add_argument("--family", choices=FAMILIES, required=True, help="whose files to write")
+    exporter.add_argument("--family", choices=LIBRARIES, required=True, help="whose files to write")
     exporter.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the stored weights")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The program; returns the exit code, 2 for input that can't be used."""
+    """The program; returns the exit code: 2 for input that can't be used, 1 for files that can't be read or written."""
     flags = vars(parse(sys.argv[1:] if arguments is None else arguments))
     run = {"import": import_weights, "export": export_weights}[flags.pop("action")]
     try:
         print(run(flags.pop("source"), flags.pop("target"), **flags))
-    except (ConversionError, WeightsError, ConfigError, CheckpointError) as error:
+    except (ConversionError, ConfigError, WeightsError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_CONFIG if isinstance(error, ConversionError | ConfigError) else 1
     return 0
 
 

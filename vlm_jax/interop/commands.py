@@ -1,6 +1,6 @@
 """Import and export as whole steps: files of another library to a checkpoint of ours, and back.
 
-Command-line flags are `__main__`'s; tensors and names are the families' (`clip`).
+Command-line flags are `__main__`'s; tensors and names are the formats' (`registry` knows them).
 """
 
 from collections.abc import Mapping
@@ -13,30 +13,42 @@ import numpy as np
 from vlm_jax import schema
 from vlm_jax.checkpoint import save_params
 from vlm_jax.config import Config, TrainConfig, to_json
+from vlm_jax.data.bpe import MAX_MERGES, ClipBpe
 from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
-from vlm_jax.data.text import ClipBpeConfig, SentencePieceConfig, Tokenizer, TokenizerConfig, build_tokenizer
-from vlm_jax.interop import clip, files
-from vlm_jax.interop.clip import ConversionError, Family
-from vlm_jax.interop.clip_config import export_config, import_config
-from vlm_jax.interop.preprocess import export_preprocess, import_preprocess
-from vlm_jax.loading import load
+from vlm_jax.data.text import ClipBpeConfig, Tokenizer, TokenizerConfig
+from vlm_jax.interop import files
+from vlm_jax.interop.formats import Format, Library
+from vlm_jax.interop.preprocess import KNOWN, export_preprocess, import_preprocess
+from vlm_jax.interop.registry import for_export, recognise
+from vlm_jax.interop.tables import ConversionError, from_params, to_params
+from vlm_jax.interop.tokenizer_export import export_tokenizer
+from vlm_jax.interop.tokenizer_import import import_tokenizer
+from vlm_jax.loading import Model, load
+from vlm_jax.models.coca import CoCaModelConfig
 from vlm_jax.models.two_tower import TwoTowerConfig
+from vlm_jax.objectives.base import ObjectiveConfig
 from vlm_jax.objectives.clip import ClipConfig
+from vlm_jax.objectives.coca import CoCaConfig
+from vlm_jax.objectives.dual_encoder import DualEncoderConfig
+from vlm_jax.objectives.siglip import SiglipConfig
 from vlm_jax.optim import AdamW
-from vlm_jax.schema import ConfigError
 
-FAMILIES: tuple[Family, ...] = ("hf", "open_clip")
-WEIGHT_FILES: dict[Family, str] = {"hf": "model.safetensors", "open_clip": "open_clip_model.safetensors"}
+WEIGHT_FILES: dict[Library, str] = {
+    "hf": "model.safetensors",
+    "open_clip": "open_clip_model.safetensors",
+    "big_vision": "model.npz",
+}
 
 
 def import_weights(
     source: Path,
     target: Path,
     *,
-    family: Family | None = None,
+    family: Library | None = None,
     activation: str | None = None,
     tokenizer: str = "",
+    preprocess: str = "",
     allow_unexpected: bool = False,
 ) -> str:
     """Writes weights of another library as a checkpoint that `vlm_jax.load` and `init_from` take.
@@ -46,8 +58,9 @@ def import_weights(
         target: a new directory.
         family: whose names they carry; None to find out.
         activation: overrides what the config files say.
-        tokenizer: merges file of CLIP's BPE or a SentencePiece *.model; "" takes CLIP's, where it is installed, for a
-            vocabulary of CLIP's size.
+        tokenizer: a file of the tokenizer: CLIP's merges, a SentencePiece *.model or a tokenizer.json; "none" to store
+            none; "" takes what lies beside the weights, or CLIP's for a vocabulary of CLIP's size.
+        preprocess: a name in `KNOWN`, overrides the files; "" takes what they say.
         allow_unexpected: whether to pass over names that the model has no place for.
 
     Returns:
@@ -57,64 +70,64 @@ def import_weights(
         ConversionError, WeightsError, ConfigError, CheckpointError: what is wrong and where.
     """
     weights = files.read_weights(source)
-    tensors = clip.canonical_names(weights.tensors)
-    family = family or clip.detect_family(tensors)
-    if family is None:
-        raise ConversionError(
-            f"the names in {source} (such as {', '.join(sorted(tensors)[:3])}) are those of none of "
-            f"{', '.join(FAMILIES)}; only CLIP models can be imported"
-        )
-    settings, preprocess_settings = _settings(weights.settings, family)
-    if weights.torchscript and activation is None:
-        activation = "quick_gelu"  # OpenAI published its weights in this form, all trained with it
-    model = import_config(tensors, family, settings, activation)
-    params = clip.to_params(tensors, model, family, allow_unexpected=allow_unexpected)
-    preprocess = import_preprocess(preprocess_settings, family)
-    built, note = _tokenizer(model, tokenizer)
-    config = _config(model, preprocess, built.config if built else ClipBpeConfig(length=model.text.length))
+    found, tensors = recognise(weights.tensors, family)
+    model_settings, preprocess_settings = _settings(weights.settings, found.library)
+    if weights.torchscript:
+        # OpenAI published its weights in this form, all of one activation and preprocessing.
+        activation, preprocess = activation or "quick_gelu", preprocess or "clip"
+    model = found.read_config(tensors, model_settings, activation)
+    schema.validate(model)
+    params = to_params(tensors, found.rows(model), found.shapes(model), found.title, allow_unexpected=allow_unexpected)
+    view = _preprocess(found, preprocess, preprocess_settings, model)
+    built, note = import_tokenizer(weights.folder, tokenizer, model.text)
+    config = _config(model, view, built.config if built else ClipBpeConfig(length=model.text.length))
+    if built is not None:
+        config.objective.check_tokenizer(built)
     save_params(
         target,
         params,
         config=to_json(config),
         tokenizer=built.state() if built else None,
-        preprocess=schema.to_dict(preprocess),
+        preprocess=schema.to_dict(view),
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return f"imported {count:,} parameters of a {family} CLIP ({model.image.activation}) into {target}; {note}"
+    return (
+        f"imported {count:,} parameters of {found.title} ({model.text.activation}) into {target}; images: "
+        f"{view.resize}, mean {view.mean}, std {view.std}; {note}"
+    )
 
 
-def _settings(found: Mapping[str, Any], family: Family) -> tuple[Any, Any]:
+def _settings(found: Mapping[str, Any], library: Library) -> tuple[Any, Any]:
     """(model settings, preprocessing settings) among the JSON files beside the weights; None where there is none."""
-    if family == "hf":
-        return found.get("config.json"), found.get("preprocessor_config.json")
-    settings = found.get("open_clip_config.json")
-    return (settings["model_cfg"], settings.get("preprocess_cfg")) if settings else (None, None)
+    if library == "open_clip":
+        settings = found.get("open_clip_config.json", {})
+        return settings.get("model_cfg"), settings.get("preprocess_cfg")
+    return (found.get("config.json"), found.get("preprocessor_config.json")) if library == "hf" else (None, None)
 
 
-def _tokenizer(model: TwoTowerConfig, path: str) -> tuple[Tokenizer | None, str]:
-    """The tokenizer to store, and a remark on it."""
-    length, config = model.text.length, None
-    if path.endswith(".model"):
-        config = SentencePieceConfig(length=length, path=path)
-    elif path or model.text.vocab_size == ClipConfig().model.text.vocab_size:
-        config = ClipBpeConfig(length=length, path=path)
-    if config is None:
-        return None, "no tokenizer is stored: its vocabulary is not CLIP's, pass --tokenizer=FILE"
-    try:
-        tokenizer = build_tokenizer(config, None)
-        ClipConfig(model=model).check_tokenizer(tokenizer)
-    except ConfigError as error:
-        if path:
-            raise
-        return None, f"no tokenizer is stored: {error}"
-    return tokenizer, f"tokenizer: {config.kind()} of {tokenizer.vocab_size} ids"
+def _preprocess(
+    found: Format, name: str, settings: Mapping[str, Any] | None, model: TwoTowerConfig
+) -> PreprocessConfig:
+    """What the flag names, else what the files say, else what all models of a format share."""
+    if name:
+        return KNOWN[name]
+    if settings:
+        return import_preprocess(settings, found.library, model.image.image_shape)
+    if found.library == "big_vision":
+        return KNOWN["siglip"]
+    raise ConversionError(
+        "no file beside the weights says how images are prepared, and a wrong preprocessing costs accuracy without a "
+        f"word; pass --preprocess={'|'.join(KNOWN)} ({KNOWN['clip'].resize} and CLIP's mean and deviation, or "
+        f"{KNOWN['siglip'].resize} and 0.5)"
+    )
 
 
 def _config(model: TwoTowerConfig, preprocess: PreprocessConfig, tokenizer: TokenizerConfig) -> Config:
     """A config whose objective and data describe the model; the rest is at its defaults, for nothing was trained."""
+    objective = _objective(model)
     config = Config(
-        name="imported_clip",
-        objective=ClipConfig(model=model),
+        name=f"imported_{objective.kind()}",
+        objective=objective,
         data=DataConfig(preprocess=preprocess, tokenizer=tokenizer),
         optimizer=AdamW(),
         train=TrainConfig(),
@@ -123,39 +136,69 @@ def _config(model: TwoTowerConfig, preprocess: PreprocessConfig, tokenizer: Toke
     return config
 
 
-def export_weights(source: Path, target: Path, *, family: Family, dtype: str = "float32") -> str:
-    """Writes a checkpoint of ours as a directory that the family's library loads.
+def _objective(model: TwoTowerConfig) -> ObjectiveConfig:
+    """The method whose loss has just what the weights hold."""
+    if isinstance(model, CoCaModelConfig):
+        return CoCaConfig(model=model)
+    return ClipConfig(model=model) if model.logit_bias_init is None else SiglipConfig(model=model)
+
+
+def export_weights(source: Path, target: Path, *, family: Library, dtype: str = "float32") -> str:
+    """Writes a checkpoint of ours as a directory that the library loads, with preprocessing and tokenizer.
 
     Args:
         source: a workdir, a step directory or an imported checkpoint.
         target: the directory to write; made if need be.
-        family: "hf" (transformers.CLIPModel.from_pretrained) or "open_clip".
+        family: the library.
         dtype: of the stored floats, "float32" or "float16".
 
     Returns:
-        A sentence that says what was written.
+        A sentence that says what was written, and what of the tokenizer could not be.
 
     Raises:
-        ConversionError: the family's model can't express this one.
+        ConversionError: the library's model can't express this one.
         CheckpointError: there is no usable checkpoint.
+        WeightsError: a file can't be written.
     """
     model = load(source)
-    if not isinstance(model.config.objective, ClipConfig):
-        raise ConversionError(f"{source} holds a {model.config.objective.kind()} model; only clip can be exported")
-    config, preprocess = model.config.objective.model, model.config.data.preprocess
-    settings = export_config(config, family)
-    preprocess_settings = export_preprocess(preprocess, config.image.image_shape, family)
-    params = jax.tree.map(np.asarray, model.params)
-    tensors = clip.from_params(params, config, family)
+    if not isinstance(model.config.objective, DualEncoderConfig):
+        raise ConversionError(f"{source} holds a {model.config.objective.kind()} model, which no library here has")
+    config = model.config.objective.model
+    found = for_export(config, family)
+    settings = found.write_config(config)
+    view = {}
+    if family != "big_vision":
+        view = export_preprocess(model.config.data.preprocess, config.image.image_shape, family)
+    tensors = found.published(from_params(jax.tree.map(np.asarray, model.params), found.rows(config), found.title))
     files.make_directory(target)
     files.write_weights(target / WEIGHT_FILES[family], tensors, dtype)
+    note = _write_tokenizer(model, target, family, settings)
     if family == "hf":
         files.write_json(target / "config.json", settings)
-        files.write_json(target / "preprocessor_config.json", preprocess_settings)
-    else:
-        content = {"model_cfg": settings, "preprocess_cfg": preprocess_settings}
-        files.write_json(target / "open_clip_config.json", content)
-    return f"exported {len(tensors)} tensors as {family} to {target}"
+        files.write_json(target / "preprocessor_config.json", view)
+    elif family == "open_clip":
+        files.write_json(target / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": view})
+    return f"exported {len(tensors)} tensors as {found.title} to {target}; tokenizer: {note}"
 
 
-__all__ = ["FAMILIES", "export_weights", "import_weights"]
+def _write_tokenizer(model: Model, target: Path, family: Library, settings: dict[str, Any]) -> str:
+    """Writes the tokenizer's files where the library reads them; open_clip's settings then point to them."""
+    if family == "big_vision" or model.tokenizer is None:
+        return "none is written" if model.tokenizer else "the checkpoint has none"
+    if family == "open_clip" and _is_clips(model.tokenizer):
+        return "open_clip's own"
+    try:
+        note = export_tokenizer(model.tokenizer, target)
+    except ConversionError as error:
+        return f"none is written: {error}"
+    if family == "open_clip":
+        # Any name will do: beside a local folder's weights the library reads the folder's tokenizer.
+        settings["text_cfg"]["hf_tokenizer_name"] = target.name
+    return note
+
+
+def _is_clips(tokenizer: Tokenizer) -> bool:
+    return isinstance(tokenizer.encoder, ClipBpe) and len(tokenizer.encoder.merges) == MAX_MERGES
+
+
+__all__ = ["export_weights", "import_weights"]

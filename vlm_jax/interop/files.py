@@ -1,4 +1,4 @@
-"""Files that weights come in: safetensors (whole or sharded) and PyTorch's pickles. Names are not interpreted here.
+"""Files that weights come in: safetensors (whole or sharded), PyTorch's pickles, numpy's *.npz. No names are read here.
 
 PyTorch is needed for pickles alone, and they are read without running any code of theirs.
 """
@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
+    "model.npz",
 )
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _DTYPES = {
@@ -44,11 +46,13 @@ class Weights:
         tensors: name -> array, in the stored dtype.
         torchscript: whether they came as OpenAI's TorchScript archives, which no other weights do.
         settings: file name -> content of the JSON files beside them.
+        folder: where they lie.
     """
 
     tensors: dict[str, np.ndarray]
     torchscript: bool
     settings: dict[str, Any]
+    folder: Path
 
 
 def read_weights(path: Path) -> Weights:
@@ -66,7 +70,8 @@ def read_weights(path: Path) -> Weights:
     if not file.exists():
         raise WeightsError(f"{file} does not exist")
     tensors, torchscript = _read_file(file)
-    return Weights(tensors, torchscript, {p.name: _read_json(p) for p in sorted(file.parent.glob("*config.json"))})
+    settings = {path.name: _read_json(path) for path in sorted(file.parent.glob("*config.json"))}
+    return Weights(tensors, torchscript, settings, file.parent)
 
 
 def _read_file(file: Path) -> tuple[dict[str, np.ndarray], bool]:
@@ -80,7 +85,9 @@ def _read_file(file: Path) -> tuple[dict[str, np.ndarray], bool]:
         return _read_safetensors(file), False
     if file.suffix in PICKLES:
         return _read_pickle(file)
-    raise WeightsError(f"{file} is neither .safetensors nor one of {', '.join(PICKLES)}")
+    if file.suffix == ".npz":
+        return _read_npz(file), False
+    raise WeightsError(f"{file} is neither .safetensors nor .npz nor one of {', '.join(PICKLES)}")
 
 
 def _read_json(file: Path) -> Any:
@@ -112,6 +119,16 @@ def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
         name: np.asarray(data[start:stop]).view(dtype).reshape(shape)
         for name, (dtype, shape, (start, stop)) in entries.items()
     }
+
+
+def _read_npz(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            tensors = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"{file} can't be read as a .npz ({error}); fetch it again") from error
+    # numpy knows no bfloat16, and reads its two bytes as opaque
+    return {name: x.view(jnp.bfloat16) if x.dtype == np.dtype("V2") else x for name, x in tensors.items()}
 
 
 def _read_pickle(file: Path) -> tuple[dict[str, np.ndarray], bool]:
@@ -169,17 +186,34 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def write_weights(file: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> None:
-    """Writes a safetensors file as PyTorch's libraries expect it, floats in `dtype` ("float32" or "float16")."""
+    """Writes a safetensors file as PyTorch's libraries expect it, or a *.npz, floats in `dtype`.
+
+    Args:
+        file: its suffix tells which of the two.
+        tensors: name -> array.
+        dtype: "float32" or "float16".
+
+    Raises:
+        WeightsError: it can't be written.
+    """
     # asarray, not ascontiguousarray, which would make a vector of a scalar
     cast = {name: np.asarray(value, np.dtype(dtype), order="C") for name, value in tensors.items()}
     with _writing(file):
-        save_file(cast, file, {"format": "pt"})
+        if file.suffix == ".npz":
+            np.savez(file, **cast)  # pyright: ignore[reportArgumentType] - the names are no other argument's
+        else:
+            save_file(cast, file, {"format": "pt"})
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes an indented JSON file."""
+    write_bytes(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Writes a file."""
     with _writing(file):
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        file.write_bytes(content)
 
 
-__all__ = ["Weights", "WeightsError", "make_directory", "read_weights", "write_json", "write_weights"]
+__all__ = ["Weights", "WeightsError", "make_directory", "read_weights", "write_bytes", "write_json", "write_weights"]

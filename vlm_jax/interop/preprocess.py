@@ -5,29 +5,36 @@ from typing import Any
 
 from vlm_jax import schema
 from vlm_jax.data.images import PreprocessConfig
-from vlm_jax.interop.clip import ConversionError, Family
+from vlm_jax.interop.formats import Library, check_supported
+from vlm_jax.interop.tables import ConversionError
 
 PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which Hugging Face stores
+_HALF = (0.5, 0.5, 0.5)
+# What models are known to want whose files don't tell it.
+KNOWN: dict[str, PreprocessConfig] = {
+    "clip": PreprocessConfig(),
+    "siglip": PreprocessConfig(resize="squash", mean=_HALF, std=_HALF),
+}
+_HF_COMPUTED = {"do_resize": True, "do_rescale": True, "do_normalize": True}
 
 
-def import_preprocess(settings: Mapping[str, Any] | None, family: Family) -> PreprocessConfig:
-    """The preprocessing beside a family's weights; CLIP's where there is no file.
+def import_preprocess(settings: Mapping[str, Any], library: Library, image_shape: tuple[int, int]) -> PreprocessConfig:
+    """The preprocessing that lies beside a library's weights.
 
     Args:
         settings: content of Hugging Face's `preprocessor_config.json` or of open_clip's `preprocess_cfg`.
-        family: which of the two.
+        library: which of the two.
+        image_shape: (height, width) that the model takes.
 
     Raises:
-        ConversionError: a resize or an interpolation that we don't have.
+        ConversionError: a resize, a crop or an interpolation that we don't have.
     """
-    if not settings:
-        return PreprocessConfig()
     interpolations: dict[Any, str] = {name: name for name in PILLOW_FILTERS}
-    if family == "hf":
+    if library == "hf":
+        check_supported("preprocessor_config.json: ", settings, _HF_COMPUTED)
         interpolations = {number: name for name, number in PILLOW_FILTERS.items()}
         interpolation = settings.get("resample", PILLOW_FILTERS["bicubic"])
-        size = settings.get("size", 224)
-        resize = "squash" if isinstance(size, Mapping) and "height" in size else "shortest"
+        resize = _hf_resize(settings, image_shape)
         mean, std = settings.get("image_mean"), settings.get("image_std")
     else:
         interpolation = settings.get("interpolation", "bicubic")
@@ -40,11 +47,26 @@ def import_preprocess(settings: Mapping[str, Any] | None, family: Family) -> Pre
     return schema.from_dict(PreprocessConfig, known, "preprocess")
 
 
-def export_preprocess(config: PreprocessConfig, image_shape: tuple[int, int], family: Family) -> dict[str, Any]:
-    """The inverse of `import_preprocess`; raises `ConversionError` for what the family's file can't say."""
+def _hf_resize(settings: Mapping[str, Any], image_shape: tuple[int, int]) -> str:
+    size = settings.get("size", min(image_shape))
+    if isinstance(size, Mapping) and "height" in size:
+        sides, resize = (size["height"], size["width"]), "squash"
+    else:
+        shortest = size["shortest_edge"] if isinstance(size, Mapping) else size
+        sides, resize = (shortest, shortest), "shortest"
+        if not settings.get("do_center_crop", True):
+            raise ConversionError("the preprocessing of the files makes images that are not square; not supported")
+    # A larger resize before the crop shows less of the image.
+    if sides != image_shape:
+        raise ConversionError(f"the preprocessing of the files resizes to {size}, but the model takes {image_shape}")
+    return resize
+
+
+def export_preprocess(config: PreprocessConfig, image_shape: tuple[int, int], library: Library) -> dict[str, Any]:
+    """The inverse of `import_preprocess`; raises `ConversionError` for what the library's file can't say."""
     if config.interpolation not in PILLOW_FILTERS:
-        raise ConversionError(f"the {family} files can't express interpolation {config.interpolation!r}")
-    if family == "open_clip":
+        raise ConversionError(f"the {library} files can't express interpolation {config.interpolation!r}")
+    if library == "open_clip":
         return {
             "size": list(image_shape),
             "mean": list(config.mean),
@@ -53,16 +75,18 @@ def export_preprocess(config: PreprocessConfig, image_shape: tuple[int, int], fa
             "resize_mode": config.resize,
         }
     if config.resize == "longest":
-        raise ConversionError("Hugging Face's CLIP files can't express resize 'longest'; use 'shortest' or 'squash'")
+        raise ConversionError("Hugging Face's files can't express resize 'longest'; use 'shortest' or 'squash'")
     sides = dict(zip(("height", "width"), image_shape, strict=True))
+    squash = config.resize == "squash"
+    resizing = {"image_processor_type": "SiglipImageProcessor", "size": sides}
+    if not squash:
+        resizing = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": min(image_shape)}}
+        resizing |= {"do_center_crop": True, "crop_size": sides}
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        **resizing,
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": min(image_shape)} if config.resize == "shortest" else sides,
         "resample": PILLOW_FILTERS[config.interpolation],
-        "do_center_crop": config.resize == "shortest",
-        "crop_size": sides,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -71,4 +95,4 @@ def export_preprocess(config: PreprocessConfig, image_shape: tuple[int, int], fa
     }
 
 
-__all__ = ["export_preprocess", "import_preprocess"]
+__all__ = ["KNOWN", "export_preprocess", "import_preprocess"]

@@ -7,19 +7,13 @@ All forms compute log(1 + sum_negatives exp(S_ij - S_ii)) as softplus(LSE_negati
 scale 100 with aligned towers both terms of the latter are near 100, and their fp32 difference would lose the loss.
 """
 
-import math
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
-from jax.sharding import PartitionSpec as P
 
-from vlm_jax.losses.pairs import MASKED, block_logits, is_negative, is_valid, own_logits, pair_ids
+from vlm_jax.losses.forms import Form, PairLoss, sum_over_rows
+from vlm_jax.losses.pairs import MASKED, block_logits, is_negative, is_valid, own_logits
 from vlm_jax.losses.ring import info_nce_ring
-from vlm_jax.mesh import BATCH_AXES
-
-Form = Literal["gather", "ring", "global"]
 
 
 def info_nce(
@@ -54,65 +48,32 @@ def info_nce(
     Raises:
         ValueError: an unknown form, shapes that don't fit, or a batch that doesn't divide over the mesh.
     """
-    if impl not in ("gather", "ring", "global"):
-        raise ValueError(f"impl = {impl!r} is no form of the contrastive loss; use 'gather', 'ring' or 'global'")
-    if image_BxD.ndim != 2 or image_BxD.shape != text_BxD.shape:
-        raise ValueError(
-            f"image features {image_BxD.shape} and text features {text_BxD.shape} must both be [batch, width]; "
-            "give one text per image"
-        )
-    ids_B = pair_ids(image_BxD.shape[0], positives, valid)
-    if valid is not None:
-        # A padded row may hold NaN (the normalised feature of nothing), which no mask of the logits would stop.
-        image_BxD, text_BxD = (jnp.where(valid[:, None], x, 0) for x in (image_BxD, text_BxD))
-    count = jnp.sum(is_valid(ids_B), dtype=jnp.float32)
-    scale = jnp.asarray(scale, jnp.float32)
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-    shards = math.prod(mesh.shape[axis] for axis in axes)
-    if impl == "global" or shards == 1:
-        return _global(image_BxD, text_BxD, scale, ids_B), count
-    if image_BxD.shape[0] % shards:
-        raise ValueError(
-            f"a batch of {image_BxD.shape[0]} doesn't divide over the {shards} devices of mesh axes {axes}; "
-            f"use a multiple of {shards}, padding it with rows that are not valid"
-        )
-    form = _gather if impl == "gather" else info_nce_ring
-    return form(mesh, axes, image_BxD, text_BxD, scale, ids_B), count
+    forms = PairLoss(_whole, _gathered, info_nce_ring)
+    return sum_over_rows(forms, image_BxD, text_BxD, scale, impl=impl, positives=positives, valid=valid, mesh=mesh)
 
 
-def _global(image_BxD: jax.Array, text_BxD: jax.Array, scale: jax.Array, ids_B: jax.Array) -> jax.Array:
+def _whole(image_BxD: jax.Array, text_BxD: jax.Array, ids_B: jax.Array, scale: jax.Array) -> jax.Array:
     logits_BxB = jnp.where(is_negative(ids_B, ids_B), block_logits(image_BxD, text_BxD, scale), MASKED)
     own_B = own_logits(image_BxD, text_BxD, scale)
     losses_B = sum(jax.nn.softplus(jax.nn.logsumexp(logits_BxB, axis=axis) - own_B) for axis in (0, 1))
     return 0.5 * jnp.sum(jnp.where(is_valid(ids_B), losses_B, 0.0))
 
 
-def _gather(
-    mesh: Mesh | AbstractMesh,
-    axes: tuple[str, ...],
-    image_BxD: jax.Array,
-    text_BxD: jax.Array,
-    scale: jax.Array,
-    ids_B: jax.Array,
+def _gathered(
+    axes: tuple[str, ...], image_bxD: jax.Array, text_bxD: jax.Array, ids_b: jax.Array, scale: jax.Array
 ) -> jax.Array:
     """Rows are complete on a device; columns are completed by one pmax and one psum of B numbers."""
+    text_BxD = jax.lax.all_gather(text_bxD, axes, tiled=True)
+    ids_B = jax.lax.all_gather(ids_b, axes, tiled=True)
+    logits_bxB = jnp.where(is_negative(ids_b, ids_B), block_logits(image_bxD, text_BxD, scale), MASKED)
+    own_b = own_logits(image_bxD, text_bxD, scale)
+    row_lse_b = jax.nn.logsumexp(logits_bxB, axis=1)
+    maximum_B = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_bxB, axis=0)), axes)
+    column_lse_B = maximum_B + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits_bxB - maximum_B[None, :]), axis=0), axes))
+    start = jax.lax.axis_index(axes) * own_b.shape[0]
+    column_lse_b = jax.lax.dynamic_slice_in_dim(column_lse_B, start, own_b.shape[0])
+    losses_b = jax.nn.softplus(row_lse_b - own_b) + jax.nn.softplus(column_lse_b - own_b)
+    return 0.5 * jax.lax.psum(jnp.sum(jnp.where(is_valid(ids_b), losses_b, 0.0)), axes)
 
-    def local(image_bxD: jax.Array, text_bxD: jax.Array, scale: jax.Array, ids_b: jax.Array) -> jax.Array:
-        text_BxD = jax.lax.all_gather(text_bxD, axes, tiled=True)
-        ids_B = jax.lax.all_gather(ids_b, axes, tiled=True)
-        logits_bxB = jnp.where(is_negative(ids_b, ids_B), block_logits(image_bxD, text_BxD, scale), MASKED)
-        own_b = own_logits(image_bxD, text_bxD, scale)
-        row_lse_b = jax.nn.logsumexp(logits_bxB, axis=1)
-        maximum_B = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_bxB, axis=0)), axes)
-        column_lse_B = maximum_B + jnp.log(
-            jax.lax.psum(jnp.sum(jnp.exp(logits_bxB - maximum_B[None, :]), axis=0), axes)
-        )
-        start = jax.lax.axis_index(axes) * own_b.shape[0]
-        column_lse_b = jax.lax.dynamic_slice_in_dim(column_lse_B, start, own_b.shape[0])
-        losses_b = jax.nn.softplus(row_lse_b - own_b) + jax.nn.softplus(column_lse_b - own_b)
-        return 0.5 * jax.lax.psum(jnp.sum(jnp.where(is_valid(ids_b), losses_b, 0.0)), axes)
 
-    batch = P(axes)
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(batch, batch, P(), batch), out_specs=P())
-    return sharded(image_BxD, text_BxD, scale, ids_B)
+__all__ = ["Form", "info_nce"]

@@ -1,6 +1,7 @@
 """The pairs of a contrastive batch: their logits, and which of them are negatives.
 
-Not a loss: `vlm_jax.losses.contrastive` is. What all of its forms share stands here, so that they can't drift apart.
+Not a loss: `vlm_jax.losses.contrastive` and `vlm_jax.losses.sigmoid` are. What all of their forms share stands here, so
+that they can't drift apart.
 """
 
 import jax
@@ -50,3 +51,8 @@ def block_logits(image_bxD: jax.Array, text_cxD: jax.Array, scale: jax.Array) ->
 def own_logits(image_bxD: jax.Array, text_bxD: jax.Array, scale: jax.Array) -> jax.Array:
     """fp32 [b]: scaled cosine of each row's own pair."""
     return scale * jnp.sum(image_bxD.astype(jnp.float32) * text_bxD.astype(jnp.float32), axis=-1)
+
+
+def matmul(a_mxk: jax.Array, b_kxn: jax.Array) -> jax.Array:
+    """fp32 [m, n]: a product in the precision of `block_logits`, for gradients written by hand."""
+    return jnp.dot(a_mxk, b_kxn, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -1,9 +1,9 @@
 """A ring over the shards of a batch: every block of one tower visits every block of the other.
 
-For losses over all pairs of a batch whose B x B matrix of logits doesn't fit: a device holds one b x b block at a time
-and recomputes it in the backward pass. `circulate` knows nothing of the loss; `info_nce_ring` is the softmax one.
-Not for many chips with a small block each, where n dependent hops cost more than one all-gather: that is
-`vlm_jax.losses.contrastive`'s gather form.
+For losses over all pairs of a batch whose B x B matrix of logits doesn't fit: a device holds one b x b block at a time.
+`circulate` knows nothing of the loss; `info_nce_ring` is the softmax one, the sigmoid one is in
+`vlm_jax.losses.sigmoid`. Not for many chips with a small block each, where n dependent hops cost more than one
+all-gather: that is the gather form of both losses.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax.losses.pairs import MASKED, block_logits, is_negative, is_valid, own_logits
+from vlm_jax.losses.pairs import MASKED, block_logits, is_negative, is_valid, matmul, own_logits
 
 Home = TypeVar("Home")
 Travelling = TypeVar("Travelling")
@@ -49,6 +49,14 @@ def circulate(
     return home, travelling
 
 
+def ring_map(function: Callable[..., Any], mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any) -> Any:
+    """A `shard_map` for a function that circulates and that nothing is differentiated through.
+
+    So the replication check has nothing to protect, and it would demand casts of every scan carry.
+    """
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 # The custom_vjp stands outside the shard_maps: inside one, a replicated scalar output hands the backward pass a
 # cotangent that is already divided by the number of devices, and the features' gradients come out that much too small.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -57,8 +65,8 @@ def info_nce_ring(
     axes: tuple[str, ...],
     image_BxD: jax.Array,
     text_BxD: jax.Array,
-    scale: jax.Array,
     ids_B: jax.Array,
+    scale: jax.Array,
 ) -> jax.Array:
     """The sum over the batch of the symmetric InfoNCE loss, with O(b^2) memory per device.
 
@@ -67,25 +75,19 @@ def info_nce_ring(
         axes: its axes that shard the batch.
         image_BxD: L2-normalised features, fp32 or bf16, B divisible by the number of devices on `axes`.
         text_BxD: the same for the texts.
-        scale: fp32 scalar.
         ids_B: int32 ids as `vlm_jax.losses.pairs.pair_ids` makes them.
+        scale: fp32 scalar.
 
     Returns:
         An fp32 scalar.
     """
-    return _forward(mesh, axes, image_BxD, text_BxD, scale, ids_B)[0]
-
-
-def _shard_map(function: Callable[..., Any], mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any) -> Any:
-    # Nothing is differentiated through these shard_maps, so the replication check has nothing to protect, and it would
-    # demand casts of every scan carry.
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return _forward(mesh, axes, image_BxD, text_BxD, ids_B, scale)[0]
 
 
 def _forward(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], *inputs: jax.Array) -> tuple[jax.Array, Any]:
     batch = P(axes)
 
-    def local(image_bxD: jax.Array, text_bxD: jax.Array, scale: jax.Array, ids_b: jax.Array) -> tuple[Any, ...]:
+    def local(image_bxD: jax.Array, text_bxD: jax.Array, ids_b: jax.Array, scale: jax.Array) -> tuple[Any, ...]:
         def visit(rows: Any, passing: Any) -> tuple[Any, Any]:
             text, ids, columns = passing
             negative_bxb = is_negative(ids_b, ids)
@@ -100,7 +102,7 @@ def _forward(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], *inputs: jax.Arra
         loss = 0.5 * jax.lax.psum(jnp.sum(jnp.where(is_valid(ids_b), losses_b, 0.0)), axes)
         return loss, row_lse_b, column_lse_b, own_b
 
-    loss, *statistics = _shard_map(local, mesh, (batch, batch, P(), batch), (P(), batch, batch, batch))(*inputs)
+    loss, *statistics = ring_map(local, mesh, (batch, batch, batch, P()), (P(), batch, batch, batch))(*inputs)
     return loss, (*inputs, *statistics)
 
 
@@ -117,7 +119,7 @@ def _backward(
 ) -> tuple[Any, ...]:
     batch = P(axes)
 
-    def local(image_bxD, text_bxD, scale, ids_b, row_lse_b, column_lse_b, own_b, cotangent):
+    def local(image_bxD, text_bxD, ids_b, scale, row_lse_b, column_lse_b, own_b, cotangent):
         weight_b = 0.5 * cotangent * is_valid(ids_b)
         row_weight_b = weight_b * jax.nn.sigmoid(row_lse_b - own_b)
         column_weight_b = weight_b * jax.nn.sigmoid(column_lse_b - own_b)
@@ -128,8 +130,8 @@ def _backward(
             row_bxb = row_weight_b[:, None] * jnp.exp(logits_bxb - row_lse_b[:, None])
             column_bxb = column_weight[None, :] * jnp.exp(logits_bxb - column_lse[None, :])
             d_logits_bxb = jnp.where(is_negative(ids_b, ids), row_bxb + column_bxb, 0.0)
-            d_image_bxD = d_image_bxD + _matmul(d_logits_bxb, text)
-            d_text = d_text + _matmul(d_logits_bxb.T, image_bxD)
+            d_image_bxD = d_image_bxD + matmul(d_logits_bxb, text)
+            d_text = d_text + matmul(d_logits_bxb.T, image_bxD)
             return d_image_bxD, (text, ids, column_lse, column_weight, d_text)
 
         # The own pair's gradient is of opposite sign to the negatives' and starts the sums.
@@ -139,12 +141,9 @@ def _backward(
         d_scale = jax.lax.psum(jnp.sum(d_image_bxD * image_bxD), axes)
         return (scale * d_image_bxD).astype(image_bxD.dtype), (scale * passing[-1]).astype(text_bxD.dtype), d_scale
 
-    in_specs = (batch, batch, P(), batch, batch, batch, batch, P())
-    return (*_shard_map(local, mesh, in_specs, (batch, batch, P()))(*residuals, cotangent), None)
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    in_specs = (batch, batch, batch, P(), batch, batch, batch, P())
+    d_image_BxD, d_text_BxD, d_scale = ring_map(local, mesh, in_specs, (batch, batch, P()))(*residuals, cotangent)
+    return d_image_BxD, d_text_BxD, None, d_scale
 
 
 info_nce_ring.defvjp(_forward, _backward)

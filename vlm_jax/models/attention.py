@@ -131,18 +131,18 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BxTxD: jax.Array,
-        context_BxSxD: jax.Array | None = None,
+        context_BxSxC: jax.Array | None = None,
         *,
         bias: jax.Array | None = None,
         mask: jax.Array | None = None,
         causal: bool = False,
     ) -> jax.Array:
-        """[B, T, D] (and [B, S, D]) -> [B, T, D]; `bias`, `mask` and `causal` as in `attend`."""
+        """[B, T, D] (and a context [B, S, C]) -> [B, T, D]; `bias`, `mask` and `causal` as in `attend`."""
         width = x_BxTxD.shape[-1]
         sources = {"query": x_BxTxD, "key": x_BxTxD, "value": x_BxTxD}
-        if context_BxSxD is not None:
-            sources |= {"key": context_BxSxD, "value": context_BxSxD}
-        q, k, v = (self._split_heads(name, source) for name, source in sources.items())
+        if context_BxSxC is not None:
+            sources |= {"key": context_BxSxC, "value": context_BxSxC}
+        q, k, v = (self._split_heads(name, source, width // self.heads) for name, source in sources.items())
         context = attend(q, k, v, bias=bias, mask=mask, causal=causal, impl=self.impl)
         context = checkpoint_name(constrain(context, "batch", "length", "heads", "kv"), "context")
         out = Linear(
@@ -150,8 +150,7 @@ class Attention(nn.Module):
         )
         return out(context)
 
-    def _split_heads(self, name: str, x: jax.Array) -> jax.Array:
-        head_dim = x.shape[-1] // self.heads
+    def _split_heads(self, name: str, x: jax.Array, head_dim: int) -> jax.Array:
         linear = Linear(
             (self.heads, head_dim),
             ("embed", "heads", "kv"),

@@ -24,9 +24,11 @@ class ImageTowerConfig(Choice):
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The towers by name."""
         # Here and not on top: the members' modules import this one.
+        from vlm_jax.models.attentional_pool import AttentionalPoolConfig
+        from vlm_jax.models.resnet import ResNetConfig
         from vlm_jax.models.vit import ViTConfig
 
-        return {"vit": ViTConfig}
+        return {"vit": ViTConfig, "resnet": ResNetConfig, "attentional_pool": AttentionalPoolConfig}
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -47,6 +49,11 @@ class ImageTowerConfig(Choice):
     def token_width(self) -> int:
         """Channels of "tokens"."""
         raise TypeError(f"{type(self).__name__} defines no token_width")
+
+    @property
+    def token_count(self) -> int:
+        """How many "tokens" an image has in training, where some patches may be dropped."""
+        raise TypeError(f"{type(self).__name__} defines no token_count")
 
     def build(self, projection: ProjectionConfig | None, dtype: Dtype) -> nn.Module:
         """The module, with a projection on its pooled vector if there is one; `dtype` is the compute dtype."""

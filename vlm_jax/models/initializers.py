@@ -80,7 +80,7 @@ def clip_text(width: int, depth: int, mlp_dim: int) -> Initializers:
 
     Only weights are given a spread there; the MLP's biases keep PyTorch's default.
     """
-    residual = width**-0.5 * (2 * depth) ** -0.5
+    residual = width**-0.5 * (2 * max(depth, 1)) ** -0.5
     return clip_image(width, depth, mlp_dim)._replace(
         qkv_kernel=normal(width**-0.5),
         out_kernel=normal(residual),

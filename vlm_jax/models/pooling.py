@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 
-from vlm_jax.models.attention import Attention
-from vlm_jax.models.initializers import Initializers
+from vlm_jax.models.attention import Attention, AttentionImpl, attend
+from vlm_jax.models.initializers import Initializers, torch_linear
+from vlm_jax.models.linear import Linear
 from vlm_jax.models.mlp import MLP
 from vlm_jax.models.norms import LayerNorm
 from vlm_jax.models.transformer import TransformerConfig
@@ -65,4 +66,44 @@ class MapHead(nn.Module):
         return (x + mlp(LayerNorm(config.norm_eps, name="ln")(x)))[:, 0]
 
 
-__all__ = ["TEXT_POOLS", "MapHead", "mean_tokens", "select_token"]
+class MeanQueryPool(nn.Module):
+    """Multi-head attention pooling whose query is the mean of the tokens (CLIP's ResNets, paper section 2.4).
+
+    The output projection of the published module is the tower's projection, so there is none here.
+
+    Attributes:
+        heads: number of heads; divides the width.
+        initializers: those of the tower.
+        impl: attention kernel.
+        dtype: compute dtype.
+    """
+
+    heads: int
+    initializers: Initializers
+    impl: AttentionImpl = "auto"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, D]; positions are learned for T tokens and their mean."""
+        batch, tokens, width = x_BxTxD.shape
+        x = jnp.concatenate([mean_tokens(x_BxTxD)[:, None], x_BxTxD], axis=1)
+        positions = weight(self, "pos_embed", self.initializers.position, (None, "embed"), (tokens + 1, width))
+        x = x + positions.astype(self.dtype)[None]
+        q, k, v = (self._split_heads(name, y) for name, y in (("query", x[:, :1]), ("key", x), ("value", x)))
+        return attend(q, k, v, impl=self.impl).reshape(batch, width)
+
+    def _split_heads(self, name: str, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        linear = Linear(
+            (self.heads, width // self.heads),
+            ("embed", "heads", "kv"),
+            self.initializers.qkv_kernel,
+            torch_linear(width),
+            dtype=self.dtype,
+            name=name,
+        )
+        return linear(x)
+
+
+__all__ = ["TEXT_POOLS", "MapHead", "MeanQueryPool", "mean_tokens", "select_token"]

@@ -1,8 +1,19 @@
-"""The published sizes of CLIP by name (Radford et al. 2021, table 20). Recipes around them are in configs/."""
+"""Published two-tower models by name: sizes and the details that change numbers. Recipes around them are in configs/.
 
+CLIP's sizes are those of Radford et al. 2021, tables 19 and 20; the larger ViTs are open_clip's (LAION-2B); SigLIP's
+are Zhai et al. 2023 and Tschannen et al. 2025 (SigLIP 2, the variants of fixed resolution), as released.
+"""
+
+import math
+from typing import Any
+
+from vlm_jax.models.resnet import ResNetConfig
 from vlm_jax.models.text import TextConfig
 from vlm_jax.models.two_tower import TwoTowerConfig
 from vlm_jax.models.vit import ViTConfig
+
+SIGLIP_VOCABULARY = 32_000  # SentencePiece, trained on C4 (English)
+SIGLIP2_VOCABULARY = 256_000  # Gemma's
 
 
 def clip(image_width: int, image_depth: int, patch_size: int, image_size: int, text_width: int) -> TwoTowerConfig:
@@ -15,15 +26,141 @@ def clip(image_width: int, image_depth: int, patch_size: int, image_size: int, t
         patch_size=patch_size,
         image_size=image_size,
     )
-    text = TextConfig(width=text_width, depth=12, heads=text_width // 64, mlp_dim=4 * text_width)
+    return TwoTowerConfig(image, clip_text(text_width), embed_dim=text_width)
+
+
+def clip_text(width: int, depth: int = 12) -> TextConfig:
+    """CLIP's text tower: heads 64 wide, MLPs four widths."""
+    return TextConfig(width=width, depth=depth, heads=width // 64, mlp_dim=4 * width)
+
+
+def clip_resnet(
+    layers: tuple[int, int, int, int], width: int, image_size: int, text_width: int, embed_dim: int
+) -> TwoTowerConfig:
+    """A CLIP whose image tower is a ResNet; the heads of its attention pool are 64 wide."""
+    image = ResNetConfig(image_size=image_size, layers=layers, width=width, heads=32 * width // 64)
+    return TwoTowerConfig(image, clip_text(text_width), embed_dim=embed_dim)
+
+
+def open_clip_vit(width: int, depth: int, mlp_dim: int, text_width: int, text_depth: int) -> TwoTowerConfig:
+    """One of open_clip's large ViTs of patch 14: sixteen image heads, and the exact GELU in both towers."""
+    image = ViTConfig(
+        width=width, depth=depth, heads=16, mlp_dim=mlp_dim, patch_size=14, image_size=224, activation="gelu"
+    )
+    text = TextConfig(
+        width=text_width,
+        depth=text_depth,
+        heads=text_width // 64,
+        mlp_dim=4 * text_width,
+        activation="gelu",
+    )
     return TwoTowerConfig(image, text, embed_dim=text_width)
 
 
+def siglip(
+    image: tuple[int, int, int, int],
+    patch_size: int,
+    image_size: int,
+    *,
+    text: tuple[int, int, int, int] | None = None,
+    length: int = 64,
+    vocab_size: int = SIGLIP_VOCABULARY,
+) -> TwoTowerConfig:
+    """A SigLIP.
+
+    Args:
+        image: (width, depth, heads, mlp_dim) of the image tower; the joint space has its width.
+        patch_size: side of a patch in pixels.
+        image_size: side of the images in pixels; what fills no patch is cut off.
+        text: (width, depth, heads, mlp_dim) of the text tower; None: as the image tower.
+        length: tokens of a text.
+        vocab_size: number of token ids; 1 is the end token, and for SigLIP 1 the padding too.
+    """
+    image_tower = ViTConfig(
+        **_tower(image),
+        patch_size=patch_size,
+        image_size=image_size,
+        cut_remainder=bool(image_size % patch_size),
+        activation="gelu_tanh",
+        norm_eps=1e-6,
+        pool="map",
+        class_token=False,
+        pre_norm=False,
+        patch_bias=True,
+        init="siglip",
+    )
+    text_tower = TextConfig(
+        **_tower(text or image),
+        vocab_size=vocab_size,
+        length=length,
+        activation="gelu_tanh",
+        norm_eps=1e-6,
+        causal=False,
+        pool="last",
+        eos_id=1,
+        pad_id=1 if vocab_size == SIGLIP_VOCABULARY else 0,
+        init="siglip",
+    )
+    return TwoTowerConfig(
+        image_tower,
+        text_tower,
+        embed_dim=image_tower.width,
+        projection="text",
+        text_projection_bias=True,
+        logit_scale_init=math.log(10),
+        logit_bias_init=-10.0,
+    )
+
+
+def _tower(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+    return dict(zip(("width", "depth", "heads", "mlp_dim"), sizes, strict=True))
+
+
+BASE, LARGE, SO400M = (768, 12, 12, 3072), (1024, 24, 16, 4096), (1152, 27, 16, 4304)
+GIANT_OPT = (1536, 40, 16, 6144)
+
 CLIP: dict[str, TwoTowerConfig] = {
+    "RN50": clip_resnet((3, 4, 6, 3), 64, 224, 512, 1024),
+    "RN101": clip_resnet((3, 4, 23, 3), 64, 224, 512, 512),
+    "RN50x4": clip_resnet((4, 6, 10, 6), 80, 288, 640, 640),
+    "RN50x16": clip_resnet((6, 8, 18, 8), 96, 384, 768, 768),
+    "RN50x64": clip_resnet((3, 15, 36, 10), 128, 448, 1024, 1024),
     "ViT-B/32": clip(768, 12, 32, 224, 512),
     "ViT-B/16": clip(768, 12, 16, 224, 512),
     "ViT-L/14": clip(1024, 24, 14, 224, 768),
     "ViT-L/14-336": clip(1024, 24, 14, 336, 768),
 }
+OPEN_CLIP: dict[str, TwoTowerConfig] = {
+    "ViT-H/14": open_clip_vit(1280, 32, 5120, 1024, 24),
+    "ViT-g/14": open_clip_vit(1408, 40, 6144, 1024, 24),
+    "ViT-bigG/14": open_clip_vit(1664, 48, 8192, 1280, 32),
+}
+SIGLIP: dict[str, TwoTowerConfig] = {
+    "SigLIP-B/16": siglip(BASE, 16, 224),
+    "SigLIP-B/16-256": siglip(BASE, 16, 256),
+    "SigLIP-B/16-384": siglip(BASE, 16, 384),
+    "SigLIP-B/16-512": siglip(BASE, 16, 512),
+    "SigLIP-L/16-256": siglip(LARGE, 16, 256),
+    "SigLIP-L/16-384": siglip(LARGE, 16, 384),
+    "SigLIP-So400m/14": siglip(SO400M, 14, 224, length=16),
+    "SigLIP-So400m/14-384": siglip(SO400M, 14, 384),
+}
+SIGLIP2: dict[str, TwoTowerConfig] = {
+    "SigLIP2-B/32-256": siglip(BASE, 32, 256, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-B/16": siglip(BASE, 16, 224, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-B/16-256": siglip(BASE, 16, 256, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-B/16-384": siglip(BASE, 16, 384, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-B/16-512": siglip(BASE, 16, 512, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-L/16-256": siglip(LARGE, 16, 256, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-L/16-384": siglip(LARGE, 16, 384, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-L/16-512": siglip(LARGE, 16, 512, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-So400m/14": siglip(SO400M, 14, 224, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-So400m/16-256": siglip(SO400M, 16, 256, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-So400m/16-384": siglip(SO400M, 16, 384, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-So400m/16-512": siglip(SO400M, 16, 512, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-g-opt/16-256": siglip(GIANT_OPT, 16, 256, text=SO400M, vocab_size=SIGLIP2_VOCABULARY),
+    "SigLIP2-g-opt/16-384": siglip(GIANT_OPT, 16, 384, text=SO400M, vocab_size=SIGLIP2_VOCABULARY),
+}
+PRESETS: dict[str, TwoTowerConfig] = CLIP | OPEN_CLIP | SIGLIP | SIGLIP2
 
-__all__ = ["CLIP", "clip"]
+__all__ = ["CLIP", "OPEN_CLIP", "PRESETS", "SIGLIP", "SIGLIP2"]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
+from jax.nn.initializers import zeros
 
 from vlm_jax.models.initializers import Initializer
 from vlm_jax.models.linear import Linear
@@ -27,14 +28,15 @@ class ProjectionConfig:
             yield "features", f"= {self.features} must be at least 1"
 
 
-def project(config: ProjectionConfig, init: Initializer, x: jax.Array, dtype: Dtype) -> jax.Array:
+def project(
+    config: ProjectionConfig, init: Initializer, x: jax.Array, dtype: Dtype, bias_init: Initializer = zeros
+) -> jax.Array:
     """[B, D] -> [B, E], as the submodule `projection` of the compact module that calls this."""
     if config.kind == "linear":
-        head = Linear(
-            (config.features,), ("embed", "joint"), init, use_bias=config.bias, dtype=dtype, name="projection"
-        )
+        names = ("embed", "joint")
+        head = Linear((config.features,), names, init, bias_init, use_bias=config.bias, dtype=dtype, name="projection")
         return head(x)
-    return MLPHead(config, init, dtype, name="projection")(x)
+    return MLPHead(config, init, bias_init, dtype, name="projection")(x)
 
 
 class MLPHead(nn.Module):
@@ -43,11 +45,13 @@ class MLPHead(nn.Module):
     Attributes:
         config: sizes of the head.
         initializer: that of its kernels.
+        bias_init: that of the last bias, where there is one.
         dtype: compute dtype.
     """
 
     config: ProjectionConfig
     initializer: Initializer
+    bias_init: Initializer = zeros
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -58,6 +62,7 @@ class MLPHead(nn.Module):
             (self.config.features,),
             ("mlp", "joint"),
             self.initializer,
+            self.bias_init,
             use_bias=self.config.bias,
             dtype=self.dtype,
             name="out",

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.nn.initializers import constant
 
+from vlm_jax.flops import transformer_flops
 from vlm_jax.mesh import constrain
 from vlm_jax.models.attention import Attention, AttentionImpl
 from vlm_jax.models.initializers import INITIALIZERS, Initializers, InitName
@@ -46,11 +47,11 @@ class TransformerConfig:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that can't be built."""
-        for key, value in (("width", self.width), ("depth", self.depth), ("heads", self.heads)):
+        for key, value in (("width", self.width), ("heads", self.heads), ("mlp_dim", self.mlp_dim)):
             if value < 1:
                 yield key, f"= {value} must be at least 1"
-        if self.mlp_dim < 1:
-            yield "mlp_dim", f"= {self.mlp_dim} must be at least 1"
+        if self.depth < 0:
+            yield "depth", f"= {self.depth} must not be negative; 0 leaves the embeddings as they are"
         if self.heads >= 1 and self.width % self.heads:
             divisors = [h for h in range(1, self.width + 1) if self.width % h == 0 and self.width // h >= 8]
             near = sorted(sorted(divisors, key=lambda h: abs(h - self.heads))[:3])
@@ -60,11 +61,37 @@ class TransformerConfig:
                 yield key, f"= {value} is a probability; it must lie in [0, 1)"
 
 
+@dataclasses.dataclass(frozen=True)
+class CrossDecoderConfig(TransformerConfig):
+    """A stack whose blocks look at themselves and then at a context, as the decoder of Vaswani et al. 2017."""
+
+    causal: bool = True  # whether a token sees only those before it
+    self_mlp_dim: int = 0  # hidden width of a second MLP, between the two attentions (CoCa of open_clip); 0 for none
+    init: InitName = "clip_text"  # recipe of the initial weights
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that can't be built."""
+        yield from super().problems()
+        if self.self_mlp_dim < 0:
+            yield "self_mlp_dim", f"= {self.self_mlp_dim} must not be negative; 0 leaves that MLP out"
+
+    def stack_flops(self, tokens: int, context_tokens: int, context_width: int) -> int:
+        """Model FLOPs of the stack's forward pass for one sequence of `tokens` and its context."""
+        width, queries_and_outputs = self.width, 2 * tokens * 2 * self.width**2
+        keys_and_values = 2 * context_tokens * 2 * context_width * width
+        scores_and_sums = 2 * 2 * tokens * context_tokens * width
+        cross = queries_and_outputs + keys_and_values + scores_and_sums
+        own = transformer_flops(width, self.depth, self.self_mlp_dim + self.mlp_dim, tokens)
+        return own + self.depth * cross
+
+
 class Block(nn.Module):
     """x += attention(ln_1 x); x += mlp(ln_2 x), each branch with optional layer scale, dropout and drop path.
 
+    With a context, attention is from ln_1 x to ln_context(context) instead.
+
     Attributes:
-        config: sizes and rates.
+        config: sizes and rates; an `mlp_dim` of 0 leaves the second branch out.
         initializers: those of the tower.
         causal: whether attention is causal.
         keep_output: whether to hand the output on beside the carry, for the loop to stack.
@@ -85,6 +112,7 @@ class Block(nn.Module):
         keys: jax.Array | None,
         mask: jax.Array | None,
         bias: jax.Array | None,
+        context_BxSxC: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Carry and output are the same [B, T, D] (or no output); `layer` is (index, drop-path rate), scalars."""
         config, (index, rate) = self.config, layer
@@ -92,11 +120,15 @@ class Block(nn.Module):
         attention = Attention(
             config.heads, self.initializers, config.qkv_bias, config.attention_impl, dtype=self.dtype, name="attn"
         )
-        branch = attention(LayerNorm(config.norm_eps, name="ln_1")(x_BxTxD), mask=mask, bias=bias, causal=self.causal)
+        if context_BxSxC is not None:
+            context_BxSxC = LayerNorm(config.norm_eps, name="ln_context")(context_BxSxC)
+        normed = LayerNorm(config.norm_eps, name="ln_1")(x_BxTxD)
+        branch = attention(normed, context_BxSxC, mask=mask, bias=bias, causal=self.causal)
         x_BxTxD = self._add(x_BxTxD, branch, "layer_scale_1", rate, fold_in(keys, 0))
-        mlp = MLP(config.mlp_dim, config.activation, self.initializers, dtype=self.dtype, name="mlp")
-        branch = mlp(LayerNorm(config.norm_eps, name="ln_2")(x_BxTxD))
-        x_BxTxD = self._add(x_BxTxD, branch, "layer_scale_2", rate, fold_in(keys, 1))
+        if config.mlp_dim:
+            mlp = MLP(config.mlp_dim, config.activation, self.initializers, dtype=self.dtype, name="mlp")
+            branch = mlp(LayerNorm(config.norm_eps, name="ln_2")(x_BxTxD))
+            x_BxTxD = self._add(x_BxTxD, branch, "layer_scale_2", rate, fold_in(keys, 1))
         return x_BxTxD, x_BxTxD if self.keep_output else None
 
     def _add(self, x: jax.Array, branch: jax.Array, scale: str, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
@@ -111,6 +143,34 @@ class Block(nn.Module):
         return constrain(x + branch, "batch", "length", "embed")
 
 
+class CrossBlock(nn.Module):
+    """Two blocks: `self` over x, and `cross` from x to the context. Attributes and arguments as those of `Block`."""
+
+    config: CrossDecoderConfig
+    initializers: Initializers
+    causal: bool
+    keep_output: bool
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        layer: tuple[jax.Array, jax.Array],
+        keys: jax.Array | None,
+        mask: jax.Array | None,
+        bias: jax.Array | None,
+        context_BxSxC: jax.Array,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """As `Block`; `mask` and `bias` are those of the attention over x."""
+        index, rate = layer
+        own = dataclasses.replace(self.config, mlp_dim=self.config.self_mlp_dim)
+        block = Block(own, self.initializers, self.causal, False, self.dtype, name="self")
+        x_BxTxD, _ = block(x_BxTxD, (2 * index, rate), keys, mask, bias, None)
+        cross = Block(self.config, self.initializers, False, self.keep_output, self.dtype, name="cross")
+        return cross(x_BxTxD, (2 * index + 1, rate), keys, None, None, context_BxSxC)
+
+
 def run_blocks(
     config: TransformerConfig,
     x_BxTxD: jax.Array,
@@ -118,6 +178,7 @@ def run_blocks(
     *,
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
+    context_BxSxC: jax.Array | None = None,
     causal: bool = False,
     intermediates: bool = False,
     dtype: Dtype = jnp.float32,
@@ -130,14 +191,19 @@ def run_blocks(
         keys: [B] keys of the rows, or None for no randomness.
         mask: bool, broadcasts to [B, H, T, T], True where attention is allowed; the same for all blocks.
         bias: added to the attention logits, broadcasts to [B, H, T, T]; the same for all blocks.
+        context_BxSxC: tokens that every block attends to as well; needs a `CrossDecoderConfig`.
         causal: whether attention is causal.
         intermediates: whether to keep each block's output.
         dtype: compute dtype, also of the residual stream.
 
     Returns:
-        The last block's output [B, T, D], and all outputs [L, B, T, D] or None.
+        The last block's output [B, T, D], and all outputs [L, B, T, D] or None (also for a stack of no blocks).
     """
-    block, policy = Block, POLICIES[config.remat]
+    x_BxTxD = constrain(x_BxTxD.astype(dtype), "batch", "length", "embed")
+    if config.depth == 0:
+        return x_BxTxD, None
+    block: Any = Block if context_BxSxC is None else CrossBlock
+    policy = POLICIES[config.remat]
     if policy is not None:
         # Inside a loop nothing can merge the recomputation with the forward pass; unrolled, XLA would.
         block = nn.remat(block, policy=policy, prevent_cse=not config.scan)
@@ -145,7 +211,7 @@ def run_blocks(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
         length=config.depth,
         # lax.scan drops the loop altogether when the whole of it is unrolled.
         unroll=1 if config.scan else config.depth,
@@ -155,8 +221,8 @@ def run_blocks(
     # numpy, so that the rates are the same fp32 numbers on every platform
     rates = np.linspace(0.0, config.drop_path, config.depth, dtype=np.float32)
     layers = (jnp.arange(config.depth), jnp.asarray(rates))
-    x_BxTxD = constrain(x_BxTxD.astype(dtype), "batch", "length", "embed")
-    return stack(config, init, causal, intermediates, dtype, name="blocks")(x_BxTxD, layers, keys, mask, bias)
+    blocks = stack(config, init, causal, intermediates, dtype, name="blocks")
+    return blocks(x_BxTxD, layers, keys, mask, bias, context_BxSxC)
 
 
 def unstack_layers(stacked: Mapping[str, Any]) -> list[Any]:

@@ -25,7 +25,9 @@ class TwoTowerConfig:
     image: ImageTowerConfig = dataclasses.field(default_factory=ViTConfig)  # the image tower
     text: TextConfig = dataclasses.field(default_factory=TextConfig)  # the text tower
     embed_dim: int = 512  # dimension of the joint space
-    projection: Literal["linear", "mlp", "none"] = "linear"  # head of both towers; "none": their widths are embed_dim
+    # heads: "linear" and "mlp" on both towers; "text": a matrix on the text tower alone (SigLIP); "none": on neither. A
+    # tower without a head must pool embed_dim channels
+    projection: Literal["linear", "mlp", "text", "none"] = "linear"
     text_projection_bias: bool = False  # bias on the text head (SigLIP)
     logit_scale_init: float = math.log(1 / 0.07)  # start of the learned log temperature (SigLIP: ln 10)
     logit_bias_init: float | None = None  # start of the learned logit bias (SigLIP: -10); None for none
@@ -36,21 +38,42 @@ class TwoTowerConfig:
             yield "embed_dim", f"= {self.embed_dim} must be at least 1"
         if not self.image.pools:
             yield "image.pool", "= 'none' leaves no vector to compare with the text; use 'cls', 'mean' or 'map'"
-        if self.projection == "none":
-            for tower, width in (("image", self.image.pooled_width), ("text", self.text.width)):
-                if width != self.embed_dim:
-                    yield "projection", f"= 'none' needs {tower}.width {width} to be embed_dim {self.embed_dim}"
+        towers = (("image", self.image_head, self.image.pooled_width), ("text", self.text_head, self.text.width))
+        for tower, head, width in towers:
+            if head is None and width != self.embed_dim:
+                yield (
+                    "projection",
+                    f"= {self.projection!r} needs {tower}.width {width} to be embed_dim {self.embed_dim}",
+                )
+
+    @property
+    def text_tower(self) -> TextConfig:
+        """The text tower as it is built."""
+        return self.text
+
+    def build(self, dtype: Dtype) -> "TwoTower":
+        """The module; `dtype` is the compute dtype."""
+        return TwoTower(self, dtype)
 
     def forward_flops(self) -> int:
         """Model FLOPs of one pair's forward pass."""
-        embed_dim = 0 if self.projection == "none" else self.embed_dim
-        return self.image.forward_flops(embed_dim) + self.text.forward_flops(embed_dim)
+        image = self.image.forward_flops(0 if self.image_head is None else self.embed_dim)
+        return image + self.text_tower.forward_flops(0 if self.text_head is None else self.embed_dim)
 
-    def head(self, bias: bool) -> ProjectionConfig | None:
-        """The head of a tower."""
+    @property
+    def image_head(self) -> ProjectionConfig | None:
+        """The image tower's head."""
+        if self.projection in ("text", "none"):
+            return None
+        return ProjectionConfig(self.projection, self.embed_dim)
+
+    @property
+    def text_head(self) -> ProjectionConfig | None:
+        """The text tower's head."""
         if self.projection == "none":
             return None
-        return ProjectionConfig(self.projection, self.embed_dim, bias)
+        kind = "linear" if self.projection == "text" else self.projection
+        return ProjectionConfig(kind, self.embed_dim, self.text_projection_bias)
 
 
 class TwoTower(nn.Module):
@@ -70,8 +93,8 @@ class TwoTower(nn.Module):
     def setup(self) -> None:
         """Declares towers and scalars."""
         config = self.config
-        self.image = config.image.build(config.head(bias=False), self.dtype)
-        self.text = TextTower(config.text, config.head(config.text_projection_bias), self.dtype)
+        self.image = config.image.build(config.image_head, self.dtype)
+        self.text = TextTower(config.text_tower, config.text_head, self.dtype)
         self.logit_scale = self.param("logit_scale", constant(config.logit_scale_init), (), jnp.float32)
         if config.logit_bias_init is not None:
             self.logit_bias = self.param("logit_bias", constant(config.logit_bias_init), (), jnp.float32)

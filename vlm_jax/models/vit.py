@@ -29,6 +29,8 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
 
     image_size: tuple[int, int] | int = 224  # (height, width) in pixels, or the side of a square
     patch_size: int = 32  # side of a patch in pixels
+    # leave out the pixels at the right and lower edge that fill no patch (SigLIP So400m/14 at 384); else an error
+    cut_remainder: bool = False
     pool: Literal["cls", "mean", "map", "none"] = "cls"  # class token, mean of patches, attention pooling, nothing
     class_token: bool = True  # a learned token before the patches
     registers: int = 0  # learned tokens between class token and patches, without position
@@ -75,6 +77,11 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
         """Channels of "tokens"."""
         return self.width
 
+    @property
+    def token_count(self) -> int:
+        """Prefix tokens and the patches that are kept."""
+        return self.prefix_tokens + kept_patches(self.patches, self.patch_dropout)
+
     def build(self, projection: ProjectionConfig | None, dtype: Dtype) -> "ViT":
         """The module."""
         return ViT(self, projection, dtype)
@@ -103,7 +110,9 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
         height, width = self.image_shape
         if self.patch_size < 1 or min(height, width) < 1:
             yield "patch_size", f"= {self.patch_size} and image_size {height}x{width} must be at least 1"
-        elif height % self.patch_size or width % self.patch_size:
+        elif min(height, width) < self.patch_size:
+            yield "patch_size", f"= {self.patch_size} is larger than image_size {height}x{width}"
+        elif (height % self.patch_size or width % self.patch_size) and not self.cut_remainder:
             divisors = [p for p in range(2, 65) if height % p == 0 and width % p == 0]
             near = sorted(sorted(divisors, key=lambda p: abs(p - self.patch_size))[:3]) or [1]
             yield "patch_size", f"= {self.patch_size} does not divide image_size {height}x{width}; use one of {near}"
@@ -172,7 +181,9 @@ class ViT(nn.Module):
         patch_embed = PatchEmbed(
             config.patch_size, config.width, config.patch_bias, init, dtype=self.dtype, name="patch_embed"
         )
-        x = constrain(patch_embed(images), "batch", "length", "embed")
+        rows, columns = config.grid
+        x = patch_embed(images[:, : rows * config.patch_size, : columns * config.patch_size])
+        x = constrain(x, "batch", "length", "embed")
         class_positions = int(config.class_token)
         positions = self._positions(init, class_positions)
         x = drop_patches(x + positions[None, class_positions:], config.patch_dropout, keys)

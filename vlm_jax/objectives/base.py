@@ -28,9 +28,15 @@ class ObjectiveConfig(Choice):
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The methods by name."""
         # Here and not on top: the members' modules import this one.
-        from vlm_jax.objectives import clip
+        from vlm_jax.objectives import bag_of_words, caption, clip, coca, siglip
 
-        return {"clip": clip.ClipConfig}
+        return {
+            "clip": clip.ClipConfig,
+            "siglip": siglip.SiglipConfig,
+            "coca": coca.CoCaConfig,
+            "caption": caption.CaptionConfig,
+            "bag_of_words": bag_of_words.BagOfWordsConfig,
+        }
 
     @property
     def image_size(self) -> int:

@@ -4,7 +4,6 @@ With a frozen image tower (`config.parts`) it is LiT, with dropped patches FLIP.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from flax.typing import Dtype
 
 from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.losses.contrastive import info_nce
-from vlm_jax.objectives.dual_encoder import DualEncoder, DualEncoderConfig, clipped_scale
+from vlm_jax.objectives.dual_encoder import DualEncoder, DualEncoderConfig, clipped_scale, scale_problems
 from vlm_jax.step import Ratio
 
 
@@ -31,12 +30,7 @@ class ClipConfig(DualEncoderConfig):
     def problems(self) -> Iterator[tuple[str, str]]:
         """Limits that the scale starts beyond, and a bias that the softmax would cancel."""
         yield from super().problems()
-        if not 0 <= self.model.logit_scale_init <= math.log(max(self.max_scale, 1.0)):
-            yield (
-                "model.logit_scale_init",
-                f"= {self.model.logit_scale_init:.4g} lies outside of [0, ln max_scale]; ln {self.max_scale:.6g} = "
-                f"{math.log(max(self.max_scale, 1.0)):.4g}",
-            )
+        yield from scale_problems(self.model.logit_scale_init, self.max_scale)
         if self.model.logit_bias_init is not None:
             yield (
                 "model.logit_bias_init",

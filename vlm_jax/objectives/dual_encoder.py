@@ -16,9 +16,8 @@ from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.models.text import TextConfig
-from vlm_jax.models.two_tower import TwoTower, TwoTowerConfig
-from vlm_jax.objectives.base import ModelObjective, normalise_images
-from vlm_jax.objectives.image_text import ImageTextConfig
+from vlm_jax.models.two_tower import TwoTowerConfig
+from vlm_jax.objectives.image_text import ImageTextConfig, ImageTextObjective
 from vlm_jax.schema import ConfigError
 from vlm_jax.step import Aux, Batch, Ratio
 
@@ -86,21 +85,14 @@ def check_text_tower(text: TextConfig, tokenizer: Tokenizer, where: str) -> None
         raise ConfigError(f"{where}.pad_id = {text.pad_id} must be the tokenizer's padding {tokenizer.pad_id}")
 
 
-class DualEncoder(ModelObjective):
+class DualEncoder(ImageTextObjective):
     """Features of two towers; a subclass adds the loss on them."""
 
     coupled = True
-    module: TwoTower
 
     def __init__(self, config: DualEncoderConfig, preprocess: PreprocessConfig, dtype: Dtype):
-        self.preprocess, self.model = preprocess, config.model
-        self.module = TwoTower(config.model, dtype)
-        self._shapes = config.batch_shapes(1)
-
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Parameters of both towers and the scalars; nothing else is kept."""
-        images, texts = (jnp.zeros(self._shapes[name].shape, self._shapes[name].dtype) for name in ("image", "text"))
-        return self.module.init(key, normalise_images(images, self.preprocess), texts)["params"], {}
+        super().__init__(config, config.model.build(dtype), preprocess)
+        self.model = config.model
 
     def embed(self, params: Any, extra: Any, batch: Batch, keys: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         """Features of both towers, [B, E] fp32, and the image tower's statistics if it has any."""
@@ -125,31 +117,31 @@ class DualEncoder(ModelObjective):
         """(sum, count) of the loss on L2-normalised fp32 features of the global batch."""
         raise TypeError(f"{type(self).__name__} defines no feature_loss")
 
-    def constrain(self, params: Any, updates: Any) -> Any:
-        """Running statistics of the image tower, where it has some, moved by those of the step."""
-        return params | {"image": self.model.image.updated(params["image"], updates["statistics"])}
-
-    def _apply(self, params: Any, batch: Mapping[str, jax.Array], keys: jax.Array | None, **options: Any) -> Any:
-        images = normalise_images(batch["image"], self.preprocess)
-        return self.module.apply({"params": params}, images, batch["text"], keys, **options)
-
     def outputs(self, params: Any, batch: Mapping[str, jax.Array], intermediates: bool = True) -> dict[str, jax.Array]:
         """`image_features`, `text_features`, `logit_scale`, and every intermediate as `image/...`, `text/...`."""
         return self._apply(params, batch, None, intermediates=intermediates)
 
     def image_features(self, params: Any, images: jax.Array) -> jax.Array:
         """See the base."""
-        images = normalise_images(images, self.preprocess)
-        return self.module.apply({"params": params}, images, method=TwoTower.encode_image)  # pyright: ignore
+        return self._apply_images(params, images, "encode_image")
 
     def text_features(self, params: Any, texts: jax.Array) -> jax.Array:
         """See the base."""
-        return self.module.apply({"params": params}, texts, method=TwoTower.encode_text)  # pyright: ignore
+        return self.module.apply({"params": params}, texts, method="encode_text")  # pyright: ignore
 
     def image_vectors(self, params: Any, images: jax.Array, which: str) -> jax.Array:
         """See the base."""
-        images = normalise_images(images, self.preprocess)
-        return self.module.apply({"params": params}, images, which, method=TwoTower.image_vectors)  # pyright: ignore
+        return self._apply_images(params, images, "image_vectors", which)
+
+
+def scale_problems(log_scale: float, max_scale: float) -> Iterator[tuple[str, str]]:
+    """A learned scale that starts beyond the limits into which `clipped_scale` brings it back."""
+    most = math.log(max(max_scale, 1.0))
+    if not 0 <= log_scale <= most:
+        yield (
+            "model.logit_scale_init",
+            f"= {log_scale:.4g} lies outside of [0, ln max_scale]; ln {max_scale:.6g} = {most:.4g}",
+        )
 
 
 def clipped_scale(params: Any, max_scale: float) -> Any:
@@ -157,4 +149,4 @@ def clipped_scale(params: Any, max_scale: float) -> Any:
     return params | {"logit_scale": jnp.clip(params["logit_scale"], 0.0, math.log(max_scale))}
 
 
-__all__ = ["DualEncoder", "DualEncoderConfig", "check_text_tower", "clipped_scale"]
+__all__ = ["DualEncoder", "DualEncoderConfig", "check_text_tower", "clipped_scale", "scale_problems"]

@@ -4,17 +4,20 @@ No loss is here, and no model: a method names its image tower and its text sizes
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from vlm_jax.data.examples import ClipExamples
+from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.flops import TRAIN_OVER_FORWARD
 from vlm_jax.models.image_tower import ImageTowerConfig
-from vlm_jax.objectives.base import ObjectiveConfig
+from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig, normalise_images
 from vlm_jax.schema import ConfigError
 
 
@@ -86,4 +89,31 @@ class ImageTextConfig(ObjectiveConfig):
         return float(TRAIN_OVER_FORWARD * self.forward_flops())
 
 
-__all__ = ["ImageTextConfig"]
+class ImageTextObjective(ModelObjective):
+    """An objective around a module that is called with (images, texts, keys) and has its image tower at `image`."""
+
+    def __init__(self, config: ImageTextConfig, module: nn.Module, preprocess: PreprocessConfig):
+        self.module, self.preprocess = module, preprocess
+        self._image_tower, self._shapes = config.image_tower, config.batch_shapes(1)
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Parameters of the module; nothing else is kept."""
+        images, texts = (jnp.zeros(self._shapes[name].shape, self._shapes[name].dtype) for name in ("image", "text"))
+        return self.module.init(key, normalise_images(images, self.preprocess), texts)["params"], {}
+
+    def constrain(self, params: Any, updates: Any) -> Any:
+        """Running statistics of the image tower, where it has some, moved by those of the step."""
+        return params | {"image": self._image_tower.updated(params["image"], updates["statistics"])}
+
+    def _apply(self, params: Any, batch: Mapping[str, Any], keys: jax.Array | None, **options: Any) -> Any:
+        """The module's outputs on a batch."""
+        images = normalise_images(batch["image"], self.preprocess)
+        return self.module.apply({"params": params}, images, batch["text"], keys, **options)
+
+    def _apply_images(self, params: Any, images: jax.Array, method: Callable[..., Any] | str, *arguments: Any) -> Any:
+        """What a method of the module makes of images alone."""
+        images = normalise_images(images, self.preprocess)
+        return self.module.apply({"params": params}, images, *arguments, method=method)
+
+
+__all__ = ["ImageTextConfig", "ImageTextObjective"]

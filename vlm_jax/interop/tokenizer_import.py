@@ -1,0 +1,103 @@
+"""The tokenizer of imported weights: from a flag, from the files beside them, or for CLIP's vocabulary CLIP's.
+
+Writing tokenizers for other libraries is `tokenizer_export`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.data import bpe
+from vlm_jax.data.hf_tokenizer import FILE_NAME
+from vlm_jax.data.text import (
+    SIGLIP2_TOKENIZER,
+    SIGLIP_TOKENIZER,
+    ClipBpeConfig,
+    HfTokenizerConfig,
+    SentencePieceConfig,
+    Tokenizer,
+    build_tokenizer,
+)
+from vlm_jax.models.text import TextConfig
+from vlm_jax.schema import ConfigError
+
+NO_TOKENIZER = "none"  # value of the flag
+_CLIP_VOCABULARY = TextConfig().vocab_size
+# In a folder, the first of these that is there is read: a tokenizer.json beside another file was made from it.
+_FILES = ("merges.txt", "spiece.model", "tokenizer.model", FILE_NAME)
+
+
+def import_tokenizer(folder: Path, flag: str, text: TextConfig) -> tuple[Tokenizer | None, str]:
+    """The tokenizer to store with a model, and a remark for the user. It is not checked against the model here.
+
+    Args:
+        folder: where the weights lie.
+        flag: a file of a tokenizer; "none" for no tokenizer; "" for the folder's, else CLIP's for CLIP's vocabulary.
+        text: the text tower, whose length and conventions the tokenizer gets.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    if flag == NO_TOKENIZER:
+        return None, "no tokenizer is stored, as --tokenizer=none asks"
+    found = [Path(flag)] if flag else [folder / name for name in _FILES if (folder / name).is_file()]
+    if found:
+        tokenizer = _read(found[0], text)
+        return tokenizer, f"tokenizer: {tokenizer.config.kind()} of {tokenizer.vocab_size} ids from {found[0]}"
+    if text.vocab_size != _CLIP_VOCABULARY:
+        return None, "no tokenizer is stored: no file of one lies beside the weights, pass --tokenizer=FILE"
+    try:
+        tokenizer = build_tokenizer(ClipBpeConfig(length=text.length), None)
+    except ConfigError as error:
+        return None, f"no tokenizer is stored: {error}"
+    return tokenizer, f"tokenizer: CLIP's, assumed from the {text.vocab_size} ids of the model"
+
+
+def _read(file: Path, text: TextConfig) -> Tokenizer:
+    if file.suffix == ".model":
+        return _sentencepieces(file, text)
+    if file.suffix != ".json":
+        return build_tokenizer(ClipBpeConfig(length=text.length, path=str(file)), None)
+    try:
+        model = json.loads(file.read_text())["model"]
+        kind, end_of_word = model["type"], model.get("end_of_word_suffix")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is not a readable {FILE_NAME} ({error!r}); fetch it again") from None
+    if end_of_word == "</w>" and kind == "BPE":
+        return _clip_merges(model["merges"], text)
+    if reads_canonical_text(text):
+        # SigLIP's pieces are a unigram model, SigLIP 2's (Gemma's) pairs of bytes.
+        end = {"pad": "eos", "canonicalize": True, "lower": True, "bos": False}
+        config = SIGLIP2_TOKENIZER if kind == "BPE" else dataclasses.replace(HfTokenizerConfig(), **end)
+    else:
+        config = HfTokenizerConfig(bos=False)
+    return build_tokenizer(dataclasses.replace(config, length=text.length, path=str(file)), None)
+
+
+def _clip_merges(merges: list[Any], text: TextConfig) -> Tokenizer:
+    pairs = []
+    for pair in merges:
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        pairs.append((left, right))
+    return Tokenizer(ClipBpeConfig(length=text.length), bpe.ClipBpe(pairs))
+
+
+def _sentencepieces(file: Path, text: TextConfig) -> Tokenizer:
+    config = SentencePieceConfig()
+    if reads_canonical_text(text):
+        config = SIGLIP_TOKENIZER
+    tokenizer = build_tokenizer(dataclasses.replace(config, length=text.length, path=str(file)), None)
+    if reads_canonical_text(text) and tokenizer.bos_id >= 0:
+        # Gemma's model has a start token, C4's has none.
+        gemma = dataclasses.replace(tokenizer.config, canonicalize=False, pad="zero")
+        return Tokenizer(gemma, tokenizer.encoder)
+    return tokenizer
+
+
+def reads_canonical_text(text: TextConfig) -> bool:
+    """Whether a text tower is SigLIP's: it sees the whole text and stands for it by its last position."""
+    return text.pool == "last" and not text.causal
+
+
+__all__ = ["NO_TOKENIZER", "import_tokenizer", "reads_canonical_text"]
