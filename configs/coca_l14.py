@@ -8,13 +8,14 @@ open_clip_torch or --config.data.tokenizer.path=FILE.
 Published zero-shot top-1 on ImageNet: 75.6 % (open_clip's L/14 on LAION-2B); 86.3 % for the paper's 2.1 B parameters.
 """
 
+from pathlib import Path
+
 from vlm_jax.checkpoint import CheckpointConfig
-from vlm_jax.config import Config, TrainConfig, variant
+from vlm_jax.config import Config, TrainConfig, config_module, variant
 from vlm_jax.data.images import AugmentConfig
 from vlm_jax.data.pipeline import DataConfig
-from vlm_jax.data.sources import ShapesConfig, TarConfig
-from vlm_jax.data.text import ClipBpeConfig, SentencePieceConfig
-from vlm_jax.evals.retrieval import RetrievalConfig
+from vlm_jax.data.sources import TarConfig
+from vlm_jax.data.text import ClipBpeConfig
 from vlm_jax.mesh import MeshConfig
 from vlm_jax.models.attentional_pool import AttentionalPoolConfig
 from vlm_jax.models.captions import CaptionStart
@@ -30,8 +31,11 @@ from vlm_jax.schema import override
 
 STEPS, BATCH = 500_000, 65_536
 
+RECIPE = config_module(Path(__file__).with_name("clip_l14.py"))
+
 # The same recipe on drawn scenes, with towers and a vocabulary that a CPU trains in seconds.
 SMOKE = {
+    **RECIPE.SMOKE,
     "objective.model": CoCaModelConfig(
         image=AttentionalPoolConfig(
             ViTConfig(image_size=32, patch_size=8, width=64, depth=2, heads=2, mlp_dim=128, pool="none"),
@@ -47,16 +51,6 @@ SMOKE = {
         start=CaptionStart("model", 1),
         embed_dim=32,
     ),
-    "data.source": ShapesConfig(image_size=32, count=512),
-    "data.tokenizer": SentencePieceConfig(length=32, vocab_size=512),
-    "data.batch_size": 32,
-    "data.workers": 0,
-    "mesh": MeshConfig(),
-    "optimizer.schedule.warmup_steps": 2,
-    "train.steps": 6,
-    "train.log_every": 2,
-    "checkpoint.every": 3,
-    "evals": (RetrievalConfig("held_out", ShapesConfig(split="test", image_size=32, count=64)),),
 }
 
 

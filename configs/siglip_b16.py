@@ -9,13 +9,14 @@ billion pairs and the clipped gradients are what SigLIP 2 states (Tschannen et a
 Published zero-shot top-1 on ImageNet: 76.7 % (WebLI, not public).
 """
 
+from pathlib import Path
+
 from vlm_jax.checkpoint import CheckpointConfig
-from vlm_jax.config import Config, TrainConfig, variant
+from vlm_jax.config import Config, TrainConfig, config_module, variant
 from vlm_jax.data.images import AugmentConfig, PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
-from vlm_jax.data.sources import ShapesConfig, TarConfig
+from vlm_jax.data.sources import TarConfig
 from vlm_jax.data.text import SentencePieceConfig
-from vlm_jax.evals.retrieval import RetrievalConfig
 from vlm_jax.mesh import MeshConfig
 from vlm_jax.models.presets import SIGLIP, SIGLIP_VOCABULARY, siglip
 from vlm_jax.objectives.siglip import SiglipConfig
@@ -27,20 +28,14 @@ PAIRS, BATCH = 40_000_000_000, 32_768
 # Only the kernels of matrices decay.
 NO_DECAY = r"(?!.*/kernel$).*"
 
+RECIPE = config_module(Path(__file__).with_name("clip_l14.py"))
+
 # The same recipe on drawn scenes, with towers and a vocabulary that a CPU trains in seconds.
 SMOKE = {
+    **{key: value for key, value in RECIPE.SMOKE.items() if key != "data.tokenizer"},
     "objective.model": siglip((64, 2, 2, 128), 8, 32, length=32, vocab_size=512),
-    "data.source": ShapesConfig(image_size=32, count=512),
     "data.tokenizer.length": 32,
     "data.tokenizer.vocab_size": 512,
-    "data.batch_size": 32,
-    "data.workers": 0,
-    "mesh": MeshConfig(),
-    "optimizer.schedule.warmup_steps": 2,
-    "train.steps": 6,
-    "train.log_every": 2,
-    "checkpoint.every": 3,
-    "evals": (RetrievalConfig("held_out", ShapesConfig(split="test", image_size=32, count=64)),),
 }
 
 

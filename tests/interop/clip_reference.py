@@ -1,13 +1,10 @@
 """The other libraries' models with random weights, in sizes that a test can afford. Imports torch."""
 
-import functools
-import importlib.machinery
-import sys
-import types
 from typing import Any
 
 import numpy as np
 import torch
+from peers import import_open_clip
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 IMAGE = {"width": 24, "depth": 2, "heads": 3, "mlp_dim": 96, "image_size": 24, "patch_size": 8}
@@ -15,42 +12,6 @@ TEXT = {"width": 16, "depth": 3, "heads": 2, "mlp_dim": 64, "vocab_size": 60, "l
 RESNET = {"layers": [1, 2, 1, 1], "width": 4, "head_width": 32, "image_size": 64}
 EMBED_DIM = 16
 EOS_ID = 59
-
-
-class _Placeholder(torch.nn.Module):
-    """Stands for whatever torchvision offers; nothing here calls it."""
-
-    BICUBIC = BILINEAR = None  # open_clip's defaults of arguments
-
-
-class _PlaceholderModule(types.ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Placeholder
-
-
-@functools.cache
-def import_open_clip() -> Any:
-    """open_clip without torchvision, which it needs for transforms only and which may not fit the torch installed."""
-    names = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional")
-    stubs = {f"torchvision{name}": _PlaceholderModule(f"torchvision{name}") for name in names}
-    for name, stub in stubs.items():
-        stub.__spec__, stub.__path__ = importlib.machinery.ModuleSpec(name, None), []
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(stubs[parent], child, stub)
-    blocked = {"timm": None}  # optional there, and it would look into the stubs
-    saved = {name: sys.modules.get(name) for name in (*stubs, *blocked)}
-    sys.modules.update({**stubs, **blocked})  # pyright: ignore[reportArgumentType, reportCallIssue]
-    try:
-        import open_clip
-    finally:
-        for name, module in saved.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-    return open_clip
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
