@@ -200,8 +200,10 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, norm, state.opt_state, live, state.step)
         new_live = jax.tree.map(lambda p, u: p + u, live, updates)
         new_params = objective.constrain(merge(new_live, frozen), aux.updates)
-        new_extra = objective.after(state.extra, new_params, aux.updates, state.step)
+        # Whatever the method does to its parameters, those of frozen parts are what they were.
         new_live, _ = parts.split(new_params)
+        new_params = merge(new_live, frozen)
+        new_extra = objective.after(state.extra, new_params, aux.updates, state.step)
         new_ema = _moving_average(state.ema, new_live, ema_decay)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(_global_norm(updates))

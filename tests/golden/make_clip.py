@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "interop"))
+sys.path[:0] = [str(HERE.parent / "interop"), str(HERE.parents[1] / "benchmarks")]
 
 import clip_reference as reference  # noqa: E402
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import clip_reference as reference
+import jax
 import numpy as np
 import pytest
 import torch
@@ -98,6 +99,17 @@ def test_transformers_loads_the_folder(checkpoint: Path):
         out = model.eval()(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
     np.testing.assert_allclose(out.text_embeds, ours.encode_text(TEXTS), atol=1e-5)
     np.testing.assert_allclose(out.image_embeds, ours.encode_image([photograph()]), atol=1e-5)
+
+    # and what that library saves comes back whole
+    saved = checkpoint.parent / "saved"
+    model.save_pretrained(saved)
+    processor.save_pretrained(saved)
+    assert main(["import", f"--from={saved}", f"--to={checkpoint.parent / 'again'}"]) == 0
+    again = vlm_jax.load(checkpoint.parent / "again")
+    np.testing.assert_array_equal(again.tokenize(TEXTS), ids)
+    assert again.config.data.preprocess == ours.config.data.preprocess
+    assert again.config.objective == ours.config.objective
+    jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
 
 
 def test_open_clip_loads_the_folder(checkpoint: Path):

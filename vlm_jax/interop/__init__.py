@@ -1,4 +1,4 @@
-"""Import and export of public weights. One file per family of models; `files` reads and writes what they come in.
+"""Import and export of public weights: one file per format, all of them listed in `registry`.
 
 `python -m vlm_jax.interop import|export` is the command line.
 """

@@ -102,7 +102,11 @@ def _settings(found: Mapping[str, Any], library: Library) -> tuple[Any, Any]:
     if library == "open_clip":
         settings = found.get("open_clip_config.json", {})
         return settings.get("model_cfg"), settings.get("preprocess_cfg")
-    return (found.get("config.json"), found.get("preprocessor_config.json")) if library == "hf" else (None, None)
+    if library == "hf":
+        # transformers 5 writes what belongs to images and what belongs to texts in one file.
+        view = found.get("preprocessor_config.json") or found.get("processor_config.json", {}).get("image_processor")
+        return found.get("config.json"), view
+    return None, None
 
 
 def _preprocess(

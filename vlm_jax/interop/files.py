@@ -70,13 +70,13 @@ def read_weights(path: Path) -> Weights:
     if not file.exists():
         raise WeightsError(f"{file} does not exist")
     tensors, torchscript = _read_file(file)
-    settings = {path.name: _read_json(path) for path in sorted(file.parent.glob("*config.json"))}
+    settings = {path.name: read_json(path) for path in sorted(file.parent.glob("*config.json"))}
     return Weights(tensors, torchscript, settings, file.parent)
 
 
 def _read_file(file: Path) -> tuple[dict[str, np.ndarray], bool]:
     if file.name.endswith(".index.json"):
-        shards = sorted(set(_read_json(file)["weight_map"].values()))
+        shards = sorted(set(read_json(file)["weight_map"].values()))
         parts = [_read_file(file.parent / shard)[0] for shard in shards]
         return {name: value for part in parts for name, value in part.items()}, False
     if not file.exists():
@@ -90,7 +90,8 @@ def _read_file(file: Path) -> tuple[dict[str, np.ndarray], bool]:
     raise WeightsError(f"{file} is neither .safetensors nor .npz nor one of {', '.join(PICKLES)}")
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; raises `WeightsError` if it is none."""
     try:
         return json.loads(file.read_text())
     except ValueError as error:
@@ -216,4 +217,13 @@ def write_bytes(file: Path, content: bytes) -> None:
         file.write_bytes(content)
 
 
-__all__ = ["Weights", "WeightsError", "make_directory", "read_weights", "write_bytes", "write_json", "write_weights"]
+__all__ = [
+    "Weights",
+    "WeightsError",
+    "make_directory",
+    "read_json",
+    "read_weights",
+    "write_bytes",
+    "write_json",
+    "write_weights",
+]

@@ -20,6 +20,7 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.interop import files
 from vlm_jax.interop.tables import ConversionError
 
+CONVENTIONS = "vlm_jax"  # key of tokenizer_config.json
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _SPACE = "▁"  # what SentencePiece writes for a space
 
@@ -39,15 +40,20 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     fast = _fast_tokenizer(tokenizer)
     fast.post_processor = _post_processor(tokenizer, special)
     files.write_bytes(folder / FILE_NAME, fast.to_str(pretty=False).encode())
-    settings = {f"{role}_token": token for role, token in special.items()}
+    settings: dict[str, Any] = {f"{role}_token": token for role, token in special.items()}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.length}
+    # For the way back: what a reader of the file alone would have to guess.
+    settings[CONVENTIONS] = {key: getattr(tokenizer.config, key) for key in ("bos", "eos", "sticky_eos", "pad")}
     files.write_json(folder / "tokenizer_config.json", settings)
     return f"{FILE_NAME}, tokenizer_config.json"
 
 
 def _export_clip(tokenizer: Tokenizer, encoder: ClipBpe, folder: Path) -> str:
-    if not (tokenizer.config.bos and tokenizer.config.eos and tokenizer.config.lower):
-        raise ConversionError("transformers' CLIPTokenizer lower-cases and puts start and end tokens around every text")
+    config = tokenizer.config
+    if not (config.bos and config.eos and config.lower) or config.canonicalize:
+        raise ConversionError(
+            "transformers' CLIPTokenizer lower-cases, keeps punctuation and puts start and end tokens around a text"
+        )
     vocabulary = {symbol: index for index, symbol in enumerate([*encoder.vocabulary, _START, _END])}
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in encoder.merges)]) + "\n"
     files.write_bytes(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False).encode())
@@ -148,4 +154,4 @@ def _merges(scores: dict[str, float]) -> Sequence[tuple[str, str]]:
     return [pair for _, pair in ranked]
 
 
-__all__ = ["export_tokenizer"]
+__all__ = ["CONVENTIONS", "export_tokenizer"]

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import schema
 from vlm_jax.data import bpe
 from vlm_jax.data.hf_tokenizer import FILE_NAME
 from vlm_jax.data.text import (
@@ -19,6 +20,8 @@ from vlm_jax.data.text import (
     Tokenizer,
     build_tokenizer,
 )
+from vlm_jax.interop import files
+from vlm_jax.interop.tokenizer_export import CONVENTIONS
 from vlm_jax.models.text import TextConfig
 from vlm_jax.schema import ConfigError
 
@@ -66,13 +69,21 @@ def _read(file: Path, text: TextConfig) -> Tokenizer:
         raise ConfigError(f"{file} is not a readable {FILE_NAME} ({error!r}); fetch it again") from None
     if end_of_word == "</w>" and kind == "BPE":
         return _clip_merges(model["merges"], text)
-    if reads_canonical_text(text):
-        # SigLIP's pieces are a unigram model, SigLIP 2's (Gemma's) pairs of bytes.
-        end = {"pad": "eos", "canonicalize": True, "lower": True, "bos": False}
-        config = SIGLIP2_TOKENIZER if kind == "BPE" else dataclasses.replace(HfTokenizerConfig(), **end)
-    else:
-        config = HfTokenizerConfig(bos=False)
+    config = _conventions(file.parent / "tokenizer_config.json", kind, text)
     return build_tokenizer(dataclasses.replace(config, length=text.length, path=str(file)), None)
+
+
+def _conventions(settings_file: Path, kind: str, text: TextConfig) -> HfTokenizerConfig:
+    """What a tokenizer.json does not say of itself: how texts are cleaned, begun, ended and padded."""
+    settings = files.read_json(settings_file) if settings_file.is_file() else {}
+    if CONVENTIONS in settings:
+        return schema.from_dict(HfTokenizerConfig, {"kind": "hf", **settings[CONVENTIONS]}, str(settings_file))
+    if not reads_canonical_text(text):
+        return HfTokenizerConfig(bos=False)
+    # SigLIP's pieces are a unigram model and padded with the end token, SigLIP 2's (Gemma's) pairs of bytes.
+    return (
+        SIGLIP2_TOKENIZER if kind == "BPE" else HfTokenizerConfig(bos=False, pad="eos", lower=True, canonicalize=True)
+    )
 
 
 def _clip_merges(merges: list[Any], text: TextConfig) -> Tokenizer:
