@@ -19,9 +19,9 @@ DIGITS = (
 )
 
 
-def start(*arguments: str, devices: int = 1) -> "subprocess.Popen[str]":
-    """The process, with standard error in its output."""
-    return _start([sys.executable, "-m", "vlm_jax.main", *arguments], devices)
+def start(*arguments: str, devices: int = 1, optimize: bool = False) -> "subprocess.Popen[str]":
+    """The process, with standard error in its output; optimised code costs time to compile."""
+    return _start([sys.executable, "-m", "vlm_jax.main", *arguments], devices, optimize)
 
 
 def launch_local(processes: int, *arguments: str, devices: int) -> tuple[int, str]:
@@ -31,8 +31,9 @@ def launch_local(processes: int, *arguments: str, devices: int) -> tuple[int, st
     return process.returncode, output
 
 
-def _start(arguments: list[str], devices: int) -> "subprocess.Popen[str]":
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+def _start(arguments: list[str], devices: int, optimize: bool = False) -> "subprocess.Popen[str]":
+    level = "" if optimize else "--xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {level}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1", "PATH": path}
     return subprocess.Popen(
@@ -46,10 +47,10 @@ def _start(arguments: list[str], devices: int) -> "subprocess.Popen[str]":
     )
 
 
-def run(*arguments: str, devices: int = 1) -> tuple[int, str]:
+def run(*arguments: str, devices: int = 1, optimize: bool = False, timeout: float = 300) -> tuple[int, str]:
     """(exit code, output)."""
-    process = start(*arguments, devices=devices)
-    output, _ = process.communicate(timeout=300)
+    process = start(*arguments, devices=devices, optimize=optimize)
+    output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 
 
