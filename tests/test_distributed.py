@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import pytest
 
-from vlm_jax import distributed
+from vlm_jax import distributed, platforms
 from vlm_jax.schema import ConfigError
 
 
@@ -42,8 +42,8 @@ def test_auto_follows_the_environment(
 def test_auto_joins_on_a_tpu_vm_whose_environment_says_nothing(
     calls: list[Any], monkeypatch: pytest.MonkeyPatch, library: bool
 ) -> None:
-    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/vfio/0"] if "vfio" in pattern else [])
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object() if library else None)
+    monkeypatch.setattr(platforms.glob, "glob", lambda pattern: ["/dev/vfio/0"] if "vfio" in pattern else [])
+    monkeypatch.setattr(platforms.importlib.util, "find_spec", lambda name: object() if library else None)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     distributed.start("auto")
     assert bool(calls) == library
@@ -59,7 +59,7 @@ def test_a_tpu_host_without_a_job_is_one_process_and_an_explicit_wish_is_an_erro
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", none_found)
-    monkeypatch.setattr(distributed, "_on_tpu_vm", lambda: True)
+    monkeypatch.setattr(platforms, "has_tpu", lambda: True)
     distributed.start("auto")
     with pytest.raises(ValueError, match="coordinator_address"):
         distributed.start("on")
@@ -71,3 +71,26 @@ def test_coordinator_count_and_index(calls: list[Any]) -> None:
     for flag in ("10.0.0.1,4,3", "10.0.0.1:8476,4", "10.0.0.1:8476,4,4", "maybe"):
         with pytest.raises(ConfigError, match="--distributed="):
             distributed.start(flag)
+
+
+@pytest.mark.parametrize(
+    ("packages", "chips", "expected"),
+    [
+        ({"libtpu"}, [], "cpu"),
+        ({"libtpu", "jax_cuda12_plugin"}, [], "cuda,cpu"),
+        ({"libtpu"}, ["/dev/accel0"], None),
+        (set(), [], None),
+    ],
+)
+def test_libtpu_without_chips_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch, packages: set[str], chips: list[str], expected: str | None
+) -> None:
+    monkeypatch.setattr(platforms.glob, "glob", lambda pattern: chips)
+    monkeypatch.setattr(platforms.importlib.util, "find_spec", lambda name: object() if name in packages else None)
+    monkeypatch.setenv("JAX_PLATFORMS", "")  # restored afterwards
+    monkeypatch.delenv("JAX_PLATFORMS")
+    platforms.pass_over_missing_tpu()
+    assert platforms.os.environ.get("JAX_PLATFORMS") == expected
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    platforms.pass_over_missing_tpu()
+    assert platforms.os.environ["JAX_PLATFORMS"] == "tpu"

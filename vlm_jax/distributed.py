@@ -1,22 +1,20 @@
 """Starting several processes as one job. On one process it does nothing."""
 
-import glob
-import importlib.util
 import os
 
 import jax
 
+from vlm_jax import platforms
 from vlm_jax.schema import ConfigError
 
-# Set on the hosts of a TPU slice by GKE, by Slurm and by Open MPI: JAX finds everything else by itself there.
+# Set on the hosts of a TPU slice by GKE, by Slurm and by Open MPI: JAX finds everything else by itself there. The hosts
+# of TPU VMs learn of each other from a metadata server and not from the environment.
 _CLUSTER = {
     "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
     "MEGASCALE_COORDINATOR_ADDRESS": bool,
     "SLURM_NTASKS": lambda value: value.isdecimal() and int(value) > 1,
     "OMPI_COMM_WORLD_SIZE": lambda value: value.isdecimal() and int(value) > 1,
 }
-# How the chips appear on a TPU VM, whose hosts learn of each other from a metadata server and not the environment.
-_TPU_DEVICE_FILES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 # A process that dies is noticed by the others within this time (JAX's default is 100 s).
 _HEARTBEAT_SECONDS = 60
 
@@ -38,7 +36,7 @@ def start(flag: str) -> None:
         os.environ.setdefault("NPROC", "64")
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     several_hosts = any(test(os.environ.get(name, "")) for name, test in _CLUSTER.items())
-    if flag == "off" or (flag == "auto" and not (several_hosts or _on_tpu_vm())):
+    if flag == "off" or (flag == "auto" and not (several_hosts or platforms.has_tpu())):
         return
     if flag in ("auto", "on"):
         try:
@@ -57,10 +55,3 @@ def start(flag: str) -> None:
     if not index < count:
         raise ConfigError(f"--distributed={flag}: the index {index} must be below the number of processes {count}")
     jax.distributed.initialize(fields[0], count, index, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
-
-
-def _on_tpu_vm() -> bool:
-    """Whether this host has TPU chips and the library to use them, and is not told to leave them alone."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    chips = any(glob.glob(pattern) for pattern in _TPU_DEVICE_FILES)
-    return chips and importlib.util.find_spec("libtpu") is not None and (not platforms or "tpu" in platforms)

@@ -156,7 +156,7 @@ def _equation_flops(equation: jax_core.JaxprEqn) -> int:
         kernel = _shape(equation.invars[1])
         out_features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // out_features
-    inner = [_jaxpr_flops(jaxpr) for jaxpr in _inner_jaxprs(parameters)]
+    inner = [_jaxpr_flops(jaxpr) for jaxpr in inner_jaxprs(parameters)]
     if name == "while" and any(inner):
         raise ValueError("A `while` loop with matrix products has no known FLOP count; write it as a `scan`.")
     if name == "cond":
@@ -169,7 +169,8 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
-def _inner_jaxprs(parameters: dict[str, Any]) -> Iterator[jax_core.Jaxpr]:
+def inner_jaxprs(parameters: dict[str, Any]) -> Iterator[jax_core.Jaxpr]:
+    """The jaxprs that an equation holds in its parameters: bodies of loops, branches, called functions."""
     for value in parameters.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, jax_core.ClosedJaxpr):

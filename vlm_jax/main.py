@@ -6,6 +6,8 @@ import os
 import sys
 import time
 
+from vlm_jax import platforms
+
 EXIT_CONFIG = 2
 
 
@@ -74,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.time()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     flags, overrides = parse(sys.argv[1:] if arguments is None else arguments)
+    platforms.pass_over_missing_tpu()
     from vlm_jax.checkpoint_format import CheckpointError
     from vlm_jax.data.bad_records import BadRecordBudgetExceeded
     from vlm_jax.data.pipeline import DataWorkerError

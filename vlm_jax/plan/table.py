@@ -1,0 +1,51 @@
+"""The table of plans in docs/plans.md: every published recipe on the chips that it is meant for."""
+
+import sys
+from pathlib import Path
+
+from vlm_jax.config import load_config
+from vlm_jax.plan.cache import PlanCache
+from vlm_jax.plan.plan import make_plan, to_json
+from vlm_jax.plan.report import TABLE_HEAD, flags_text, table_row
+from vlm_jax.plan.topologies import parse_topology
+
+# (config, topology, slices, overrides)
+PLANS: tuple[tuple[str, str, int, dict[str, str]], ...] = (
+    ("clip_l14.py", "v5e:16x16", 1, {}),
+    ("clip_l14.py", "v6e:16x16", 1, {}),
+    ("clip_l14.py", "v5p:4x4x4", 1, {}),
+    ("clip_l14.py", "v4:4x8x8", 1, {}),
+    ("clip_l14.py", "v5e:16x16", 2, {"data.batch_size": "65536"}),
+    ("clip_l14.py", "v5e:8x8", 1, {"train.accum_steps": "4"}),
+    ("clip_l14_336.py", "v5e:16x16", 1, {}),
+    ("clip_b16.py", "v5e:8x8", 1, {}),
+    ("clip_b32.py", "v5e:8x8", 1, {}),
+)
+
+_HEADER = """# Plans
+
+What the compiler says of every recipe on the chips that it is meant for, made by `python -m vlm_jax.plan --table`.
+HBM, FLOPs and communication are those of the compiled step on each device; the roofline is a lower bound of its time by
+data sheet and no measurement. How to read them: [planning.md](planning.md).
+"""
+
+
+def write(cache: PlanCache, path: Path, configs: Path) -> None:
+    """Plans every row, from the cache where it was planned before, and writes the table after each.
+
+    Args:
+        cache: of plans.
+        path: of the Markdown file.
+        configs: folder of the config files.
+    """
+    rows = []
+    for name, shape, slices, overrides in PLANS:
+        topology, config = parse_topology(shape, slices), load_config(str(configs / name), overrides)
+        plan = cache.get(config, topology)
+        if plan is None:
+            print(f"planning {name} on {topology}", file=sys.stderr, flush=True)
+            plan = to_json(make_plan(config, topology))
+            cache.put(config, topology, plan)
+        rows.append((f"`{name}` {flags_text(overrides)}".strip(), *table_row(plan)[1:]))
+        lines = [TABLE_HEAD, ("---",) * len(TABLE_HEAD), *rows]
+        path.write_text(_HEADER + "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
