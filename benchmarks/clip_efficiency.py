@@ -1,7 +1,7 @@
 """Zero-shot accuracy against images seen, by method: figure 2 of the CLIP paper (Radford et al. 2021) at CPU size.
 
 python benchmarks/clip_efficiency.py [--workdir=runs/efficiency] [--data=digits,shapes] [--methods=...] [--steps=256]
-                                     [--rates=0.001,0.003] [--seeds=0] [--config.KEY=VALUE ...] [--quick]
+                                     [--rates=0.0003,0.001,0.003] [--seeds=0] [--config.KEY=VALUE ...] [--quick]
 
 Every method trains the variant of its name of configs/efficiency_digits.py and configs/efficiency_shapes.py: the same
 image tower, the same images in the same order, the same optimiser. The learning rate is chosen for each method by the
@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--data", default="digits,shapes", help="which configs/efficiency_NAME.py")
     parser.add_argument("--methods", default=",".join(METHODS), help="variants of these configs")
     parser.add_argument("--steps", type=int, default=256, help="optimiser steps of a run")
-    parser.add_argument("--rates", default="0.001,0.003", help="learning rates that each method tries")
+    parser.add_argument("--rates", default="0.0003,0.001,0.003", help="learning rates that each method tries")
     parser.add_argument("--seeds", default="0", help="seeds; the rates are tried on the first")
     parser.add_argument("--quick", action="store_true", help="two steps of digits for each method")
     overrides, rest = split_overrides(arguments)
@@ -66,8 +66,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def points(steps: int) -> list[int]:
-    """The steps after which a run is evaluated: two for each doubling, from 4 on, and the last."""
-    powers = (round(4 * 2 ** (k / 2)) for k in range(2 * math.ceil(math.log2(steps)) + 1))
+    """The steps after which a run is evaluated: two for each doubling, from 16 on, and the last."""
+    powers = (round(16 * 2 ** (k / 2)) for k in range(2 * math.ceil(math.log2(steps)) + 1))
     return sorted({*(step for step in powers if step < steps), steps})
 
 

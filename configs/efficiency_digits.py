@@ -30,7 +30,7 @@ from vlm_jax.objectives.clip import ClipConfig
 from vlm_jax.optim import AdamW
 from vlm_jax.schedule import Constant
 
-VOCABULARY, LENGTH, PAD, EOS = 512, 24, 0, 1
+VOCABULARY, LENGTH, PAD, EOS = 512, 16, 0, 1
 SMOKE = {"train.steps": 6, "train.log_every": 2, "data.batch_size": 32, "checkpoint.every": 3, "evals.digits.limit": 60}
 
 
@@ -70,7 +70,7 @@ def get_config(name: str = "") -> Config:
             tokenizer=SentencePieceConfig(length=LENGTH, vocab_size=VOCABULARY),
         ),
         # Constant, so that one run gives the accuracy at every number of images.
-        optimizer=AdamW(learning_rate=1e-3, weight_decay=0.1, b2=0.98, eps=1e-6, schedule=Constant(warmup_steps=10)),
+        optimizer=AdamW(learning_rate=1e-3, weight_decay=0.1, b2=0.98, eps=1e-6, schedule=Constant(warmup_steps=20)),
         train=TrainConfig(steps=256, log_every=16, dtype="float32"),
         checkpoint=CheckpointConfig(every=256),
         evals=(zero_shot, retrieval),
