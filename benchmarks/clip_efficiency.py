@@ -193,8 +193,9 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             axes.plot(curve["images"], [100 * value for value in curve["top1"]], marker=".", label=METHODS[name])
         axes.set(title=data, xlabel="images seen", ylabel="zero-shot top-1 (%)", xscale="log", ylim=(0, 100))
         axes.grid(alpha=0.3)
-        if index == 0:
-            axes.legend(fontsize=8)
+    # Below the panels: the curves use all of their area.
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
