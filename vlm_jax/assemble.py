@@ -130,11 +130,14 @@ def open_checkpoint(
     return Restored(config, objective, params, tokenizer, int(meta.get("step", 0)))
 
 
-def build_run_tokenizer(config: Config, source: Source, saved: Mapping[str, Any] | None) -> Tokenizer:
+def build_run_tokenizer(config: Config, source: Source, saved: Mapping[str, Any] | None) -> Tokenizer | None:
     """The tokenizer of a checkpoint if there is one, else that of the config; checked against the model.
 
-    A SentencePiece model without a path is trained from the captions of the source; it is a pure function of them.
+    None for a method on images alone. A SentencePiece model without a path is trained from the captions of the source;
+    it is a pure function of them.
     """
+    if not config.objective.reads_text:
+        return None
     if saved is not None:
         tokenizer = Tokenizer.from_state(saved)
     else:

@@ -72,12 +72,12 @@ def mfu(flops_per_step: float, seconds: float, device_count: int, peak: float | 
     return None if peak is None else flops_per_step / (seconds * device_count * peak)
 
 
-def transformer_flops(width: int, depth: int, mlp_dim: int, tokens: int) -> int:
+def transformer_flops(width: int, depth: int, mlp_dim: int, tokens: int, gated: bool = False) -> int:
     """Forward FLOPs of a stack of blocks for one sequence: q, k, v, out projections, MLP, scores and weighted sum.
 
-    Attention counts in full for causal towers too, as published tables do.
+    Attention counts in full for causal towers too, as published tables do. A gated MLP has three products, not two.
     """
-    projections = 2 * tokens * (4 * width * width + 2 * width * mlp_dim)
+    projections = 2 * tokens * (4 * width * width + (3 if gated else 2) * width * mlp_dim)
     attention = 2 * (2 * tokens * tokens * width)
     return depth * (projections + attention)
 
@@ -93,6 +93,7 @@ def vit_flops(
     extra_tokens: int = 1,
     kept_patches: int | None = None,
     map_head: bool = False,
+    gated: bool = False,
 ) -> int:
     """Forward FLOPs of a ViT tower for one RGB image: patch embedding, blocks, pooling, projection of one vector.
 
@@ -106,11 +107,12 @@ def vit_flops(
         extra_tokens: class token and registers.
         kept_patches: how many of the patches go through the blocks (FLIP); None: all.
         map_head: whether attention by one learned query pools the tokens (SigLIP).
+        gated: whether the MLPs have gates.
     """
     tokens = (patches if kept_patches is None else kept_patches) + extra_tokens
     embedding = 2 * patches * 3 * patch_size**2 * width
     pooling = attention_pool_flops(width, tokens, mlp_dim=mlp_dim) if map_head else 0
-    return embedding + transformer_flops(width, depth, mlp_dim, tokens) + pooling + 2 * width * embed_dim
+    return embedding + transformer_flops(width, depth, mlp_dim, tokens, gated) + pooling + 2 * width * embed_dim
 
 
 def attention_pool_flops(width: int, tokens: int, queries: int = 1, mlp_dim: int = 0) -> int:

@@ -87,7 +87,7 @@ class _Run:
         meta: Mapping[str, Any] = {} if restored is None else restored[1]
         if restored is not None:
             check_same_run(meta["config"], config, workdir)
-        self.tokenizer: Tokenizer = build_run_tokenizer(config, self.source, meta.get("tokenizer"))
+        self.tokenizer: Tokenizer | None = build_run_tokenizer(config, self.source, meta.get("tokenizer"))
         self.state: TrainState = self._first_state() if restored is None else restored[0]
         self.step = int(meta.get("step", 0))
         self.loader = TrainLoader(
@@ -224,7 +224,7 @@ class _Run:
             self.state,
             data_position=self.loader.position,
             config=to_json(self.config),
-            tokenizer=self.tokenizer.state(),
+            tokenizer=None if self.tokenizer is None else self.tokenizer.state(),
             preprocess=to_dict(self.config.data.preprocess),
             force=True,
         )

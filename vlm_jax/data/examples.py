@@ -73,6 +73,17 @@ class ClipExamples:
         return {"image": self.views(record, rng), "text": self.tokenizer([chosen])[0]}
 
 
+class ImageExamples:
+    """`image` uint8 [size, size, 3]: a random view in training, else the evaluation view."""
+
+    def __init__(self, size: int, preprocess: PreprocessConfig, augment: AugmentConfig | None):
+        self.views = Views(size, preprocess, augment)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """One row; raises `BadRecord`."""
+        return {"image": self.views(record, rng)}
+
+
 class LabelledImages:
     """`image` uint8 [size, size, 3] and `label` int32 [], of sources whose records have labels."""
 

@@ -116,7 +116,9 @@ class Attention(nn.Module):
     Attributes:
         heads: number of heads; divides the width.
         initializers: those of the tower.
-        qkv_bias: whether query, key and value have biases (the output always has one).
+        qkv_bias: whether query, key and value have biases.
+        key_bias: false leaves the keys without one all the same (BEiT).
+        out_bias: whether the output projection has one.
         impl: see `attend`.
         dtype: compute dtype.
     """
@@ -125,6 +127,8 @@ class Attention(nn.Module):
     initializers: Initializers
     qkv_bias: bool = True
     impl: AttentionImpl = "auto"
+    key_bias: bool = True
+    out_bias: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -146,7 +150,13 @@ class Attention(nn.Module):
         context = attend(q, k, v, bias=bias, mask=mask, causal=causal, impl=self.impl)
         context = checkpoint_name(constrain(context, "batch", "length", "heads", "kv"), "context")
         out = Linear(
-            (width,), ("heads", "kv", "embed"), self.initializers.out_kernel, contracted=2, dtype=self.dtype, name="out"
+            (width,),
+            ("heads", "kv", "embed"),
+            self.initializers.out_kernel,
+            use_bias=self.out_bias,
+            contracted=2,
+            dtype=self.dtype,
+            name="out",
         )
         return out(context)
 
@@ -155,7 +165,7 @@ class Attention(nn.Module):
             (self.heads, head_dim),
             ("embed", "heads", "kv"),
             self.initializers.qkv_kernel,
-            use_bias=self.qkv_bias,
+            use_bias=self.qkv_bias and (self.key_bias or name != "key"),
             dtype=self.dtype,
             name=name,
         )

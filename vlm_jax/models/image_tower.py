@@ -55,6 +55,11 @@ class ImageTowerConfig(Choice):
         """How many "tokens" an image has in training, where some patches may be dropped."""
         raise TypeError(f"{type(self).__name__} defines no token_count")
 
+    @property
+    def prefix_tokens(self) -> int:
+        """How many of "tokens" stand before those of patches: class token and registers."""
+        return 0
+
     def build(self, projection: ProjectionConfig | None, dtype: Dtype) -> nn.Module:
         """The module, with a projection on its pooled vector if there is one; `dtype` is the compute dtype."""
         raise TypeError(f"{type(self).__name__} defines no build")

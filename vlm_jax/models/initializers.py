@@ -29,6 +29,7 @@ class Initializers(NamedTuple):
     patch_kernel: Callable[[int], Initializer]  # from the number of inputs of one patch
     patch_bias: Callable[[int], Initializer]
     class_token: Initializer
+    mask_token: Initializer
     position: Initializer
     token: Initializer
     projection: Initializer
@@ -68,6 +69,7 @@ def clip_image(width: int, depth: int, mlp_dim: int) -> Initializers:
         patch_kernel=torch_linear,
         patch_bias=torch_linear,
         class_token=scaled,
+        mask_token=scaled,
         position=scaled,
         token=normal(0.02),
         projection=scaled,
@@ -87,6 +89,7 @@ def clip_text(width: int, depth: int, mlp_dim: int) -> Initializers:
         fc1_kernel=normal((2 * width) ** -0.5),
         fc2_kernel=normal(residual),
         class_token=normal(0.01),
+        mask_token=normal(0.01),
         position=normal(0.01),
     )
 
@@ -104,6 +107,7 @@ def siglip(width: int, depth: int, mlp_dim: int) -> Initializers:
         patch_kernel=lambda fan_in: normal(fan_in**-0.5),
         patch_bias=lambda fan_in: zeros,
         class_token=zeros,
+        mask_token=zeros,
         position=normal(width**-0.5),
         token=normal(width**-0.5),
         projection=normal(width**-0.5),
@@ -119,6 +123,7 @@ def mae(width: int, depth: int, mlp_dim: int) -> Initializers:
         fc2_bias=zeros,
         patch_kernel=lambda fan_in: xavier_uniform(fan_in, width),
         class_token=normal(0.02),
+        mask_token=normal(0.02),
         position=normal(0.02),
         token=normal(0.02),
         projection=xavier_uniform(width, width),
@@ -138,6 +143,7 @@ def vit(width: int, depth: int, mlp_dim: int) -> Initializers:
         patch_kernel=lambda fan_in: spread,
         patch_bias=lambda fan_in: zeros,
         class_token=spread,
+        mask_token=spread,
         position=spread,
         token=spread,
         projection=spread,

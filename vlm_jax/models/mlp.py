@@ -1,4 +1,4 @@
-"""The one MLP of every tower, and the table of activations. Gated variants are other modules."""
+"""The one MLP of every tower, plain or gated, and the table of activations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
 
 from vlm_jax.mesh import constrain
 from vlm_jax.models.initializers import Initializers
@@ -31,24 +32,50 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nn.Module):
-    """Linear, activation, linear back to the width.
+    """Linear, activation, linear back to the width: fc2(act(fc1 x)), or gated fc2(act(gate x) * fc1 x).
 
     Attributes:
         hidden: width of the middle.
         activation: a name in `ACTIVATIONS`.
         initializers: those of the tower.
+        use_bias: whether the linear maps have biases.
+        gated: whether there is a gate (Shazeer 2020; with silu SwiGLU, with gelu GeGLU).
         dtype: compute dtype.
     """
 
     hidden: int
     activation: str
     initializers: Initializers
+    use_bias: bool = True
+    gated: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        init, width = self.initializers, x.shape[-1]
-        x = Linear((self.hidden,), ("embed", "mlp"), init.fc1_kernel, init.fc1_bias, dtype=self.dtype, name="fc1")(x)
-        x = ACTIVATIONS[self.activation](constrain(x, "batch", "length", "mlp"))
-        return Linear((width,), ("mlp", "embed"), init.fc2_kernel, init.fc2_bias, dtype=self.dtype, name="fc2")(x)
+        init, act = self.initializers, ACTIVATIONS[self.activation]
+        hidden = self._up("fc1", x)
+        hidden = act(self._up("gate", x)) * hidden if self.gated else act(hidden)
+        out = Linear(
+            (x.shape[-1],),
+            ("mlp", "embed"),
+            init.fc2_kernel,
+            init.fc2_bias,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            name="fc2",
+        )
+        return out(hidden)
+
+    def _up(self, name: str, x: jax.Array) -> jax.Array:
+        init = self.initializers
+        linear = Linear(
+            (self.hidden,),
+            ("embed", "mlp"),
+            init.fc1_kernel,
+            init.fc1_bias,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            name=name,
+        )
+        return checkpoint_name(constrain(linear(x), "batch", "length", "mlp"), "hidden")

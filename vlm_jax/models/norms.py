@@ -1,11 +1,15 @@
 """Normalisation layers. Statistics and affine part are fp32 whatever the compute dtype; the result is cast back."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import ones, zeros
 
 from vlm_jax.models.weights import weight
+
+NormName = Literal["layer", "rms"]
 
 
 class LayerNorm(nn.Module):
@@ -32,3 +36,24 @@ class LayerNorm(nn.Module):
         normed = centred * jax.lax.rsqrt(variance + self.eps)
         scale, bias = jnp.broadcast_to(scale, x.shape), jnp.broadcast_to(bias, x.shape)
         return (normed * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Zhang & Sennrich 2019, over the last axis: no mean is subtracted, and there is no bias.
+
+    Attributes:
+        eps: added to the mean square.
+    """
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D], in x's dtype."""
+        scale = weight(self, "scale", ones, (None,), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + self.eps)
+        return (normed * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+
+
+NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}

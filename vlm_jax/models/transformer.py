@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import constant
 
 from vlm_jax.flops import transformer_flops
@@ -20,7 +21,7 @@ from vlm_jax.mesh import constrain
 from vlm_jax.models.attention import Attention, AttentionImpl
 from vlm_jax.models.initializers import INITIALIZERS, Initializers, InitName
 from vlm_jax.models.mlp import MLP, ActivationName
-from vlm_jax.models.norms import LayerNorm
+from vlm_jax.models.norms import NORMS, NormName
 from vlm_jax.models.remat import POLICIES, RematName
 from vlm_jax.models.stochastic import drop_path, dropout, fold_in
 from vlm_jax.models.weights import weight
@@ -35,8 +36,13 @@ class TransformerConfig:
     heads: int = 12  # attention heads; divides width
     mlp_dim: int = 3072  # hidden width of the MLP
     activation: ActivationName = "quick_gelu"  # of the MLP; "gelu" is the exact one
-    norm_eps: float = 1e-5  # added to the variance in every layer norm
+    gated: bool = False  # whether the MLP has a gate; with "silu" it is SwiGLU
+    norm: NormName = "layer"  # layer norm, or root mean square norm
+    norm_eps: float = 1e-5  # added to the variance in every norm
     qkv_bias: bool = True  # biases on query, key and value
+    key_bias: bool = True  # with qkv_bias: whether the keys have one too (BEiT: no)
+    out_bias: bool = True  # bias on the output projection of attention
+    mlp_bias: bool = True  # biases in the MLP
     layer_scale_init: float | None = None  # start of the per-channel scale on each branch; None for none
     drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0 at the first
     dropout: float = 0.0  # on the output of attention and of the MLP
@@ -117,17 +123,33 @@ class Block(nn.Module):
         """Carry and output are the same [B, T, D] (or no output); `layer` is (index, drop-path rate), scalars."""
         config, (index, rate) = self.config, layer
         keys = fold_in(keys, index)
+        norm = NORMS[config.norm]
         attention = Attention(
-            config.heads, self.initializers, config.qkv_bias, config.attention_impl, dtype=self.dtype, name="attn"
+            config.heads,
+            self.initializers,
+            config.qkv_bias,
+            config.attention_impl,
+            config.key_bias,
+            config.out_bias,
+            dtype=self.dtype,
+            name="attn",
         )
         if context_BxSxC is not None:
-            context_BxSxC = LayerNorm(config.norm_eps, name="ln_context")(context_BxSxC)
-        normed = LayerNorm(config.norm_eps, name="ln_1")(x_BxTxD)
+            context_BxSxC = norm(config.norm_eps, name="ln_context")(context_BxSxC)
+        normed = norm(config.norm_eps, name="ln_1")(x_BxTxD)
         branch = attention(normed, context_BxSxC, mask=mask, bias=bias, causal=self.causal)
-        x_BxTxD = self._add(x_BxTxD, branch, "layer_scale_1", rate, fold_in(keys, 0))
+        x_BxTxD = checkpoint_name(self._add(x_BxTxD, branch, "layer_scale_1", rate, fold_in(keys, 0)), "middle")
         if config.mlp_dim:
-            mlp = MLP(config.mlp_dim, config.activation, self.initializers, dtype=self.dtype, name="mlp")
-            branch = mlp(LayerNorm(config.norm_eps, name="ln_2")(x_BxTxD))
+            mlp = MLP(
+                config.mlp_dim,
+                config.activation,
+                self.initializers,
+                config.mlp_bias,
+                config.gated,
+                dtype=self.dtype,
+                name="mlp",
+            )
+            branch = mlp(norm(config.norm_eps, name="ln_2")(x_BxTxD))
             x_BxTxD = self._add(x_BxTxD, branch, "layer_scale_2", rate, fold_in(keys, 1))
         return x_BxTxD, x_BxTxD if self.keep_output else None
 

@@ -13,7 +13,7 @@ from vlm_jax.flops import vit_flops
 from vlm_jax.mesh import constrain
 from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.models.initializers import INITIALIZERS, Initializers, InitName
-from vlm_jax.models.norms import LayerNorm
+from vlm_jax.models.norms import NORMS
 from vlm_jax.models.patches import PatchEmbed
 from vlm_jax.models.pooling import MapHead, mean_tokens
 from vlm_jax.models.position import sincos_2d
@@ -34,9 +34,11 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
     pool: Literal["cls", "mean", "map", "none"] = "cls"  # class token, mean of patches, attention pooling, nothing
     class_token: bool = True  # a learned token before the patches
     registers: int = 0  # learned tokens between class token and patches, without position
-    pos_embed: Literal["learned", "sincos"] = "learned"  # learned table, or fixed 2-D sine-cosine
-    pre_norm: bool = True  # layer norm before the first block (CLIP)
-    post_norm: bool = True  # layer norm after the last block
+    pos_embed: Literal["learned", "sincos", "none"] = "learned"  # learned table, fixed 2-D sine-cosine, or nothing
+    patch_norm: bool = False  # norm on the patch embedding, before positions are added (AIM, AIMv2)
+    mask_token: bool = False  # a learned token in the place of masked patches (BEiT, SimMIM, DINOv2)
+    pre_norm: bool = True  # norm before the first block (CLIP)
+    post_norm: bool = True  # norm after the last block
     patch_bias: bool = False  # bias on the patch embedding
     patch_dropout: float = 0.0  # share of patches dropped in training before the blocks (FLIP)
     init: InitName = "clip_image"  # recipe of the initial weights
@@ -98,6 +100,7 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
             extra_tokens=self.prefix_tokens,
             kept_patches=kept_patches(self.patches, self.patch_dropout),
             map_head=self.pool == "map",
+            gated=self.gated,
         )
 
     def without_dropped_patches(self) -> "ViTConfig":
@@ -141,13 +144,25 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images_BxHxWxC: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False
+        self,
+        images_BxHxWxC: jax.Array,
+        keys: jax.Array | None = None,
+        *,
+        masked_BxN: jax.Array | None = None,
+        kept_BxK: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        causal: bool = False,
+        intermediates: bool = False,
     ) -> dict[str, jax.Array]:
         """Encodes normalised images.
 
         Args:
             images_BxHxWxC: float, of the config's image size.
             keys: [B] typed keys, one a row, or None at evaluation (no dropping of anything).
+            masked_BxN: bool, True for the patches whose embedding the mask token replaces; needs `config.mask_token`.
+            kept_BxK: int32, the patches that go through the blocks, in this order (MAE); the others are left out.
+            attention_mask: bool, broadcasts to [B, H, T, T], True where attention is allowed.
+            causal: whether a token sees only those before it.
             intermediates: whether to return what stands between the layers.
 
         Returns:
@@ -165,9 +180,17 @@ class ViT(nn.Module):
                 f"not {images_BxHxWxC.shape[1]}x{images_BxHxWxC.shape[2]}; resize them, or set image_size"
             )
         init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim)
-        x = self._embed(images_BxHxWxC, init, fold_in(keys, 0))
+        x = self._embed(images_BxHxWxC, init, fold_in(keys, 0), masked_BxN, kept_BxK)
         embed = x
-        x, blocks = run_blocks(config, x, fold_in(keys, 1), intermediates=intermediates, dtype=self.dtype)
+        x, blocks = run_blocks(
+            config,
+            x,
+            fold_in(keys, 1),
+            mask=attention_mask,
+            causal=causal,
+            intermediates=intermediates,
+            dtype=self.dtype,
+        )
         outputs = self._pool(x, init)
         if self.projection is not None:
             outputs["embedding"] = project(self.projection, init.projection, outputs["pooled"], self.dtype)
@@ -175,8 +198,15 @@ class ViT(nn.Module):
             outputs |= {"embed": embed, "blocks": blocks}
         return outputs
 
-    def _embed(self, images: jax.Array, init: Initializers, keys: jax.Array | None) -> jax.Array:
-        """[B, H, W, C] -> [B, T, D]: patches with positions, some dropped, behind the prefix tokens."""
+    def _embed(
+        self,
+        images: jax.Array,
+        init: Initializers,
+        keys: jax.Array | None,
+        masked_BxN: jax.Array | None,
+        kept_BxK: jax.Array | None,
+    ) -> jax.Array:
+        """[B, H, W, C] -> [B, T, D]: patches with positions, some replaced or left out, behind the prefix tokens."""
         config = self.config
         patch_embed = PatchEmbed(
             config.patch_size, config.width, config.patch_bias, init, dtype=self.dtype, name="patch_embed"
@@ -184,9 +214,18 @@ class ViT(nn.Module):
         rows, columns = config.grid
         x = patch_embed(images[:, : rows * config.patch_size, : columns * config.patch_size])
         x = constrain(x, "batch", "length", "embed")
+        norm = NORMS[config.norm]
+        if config.patch_norm:
+            x = norm(config.norm_eps, name="patch_norm")(x)
+        if config.mask_token:
+            token = weight(self, "mask_token", init.mask_token, ("embed",), (config.width,)).astype(self.dtype)
+            if masked_BxN is not None:
+                x = jnp.where(masked_BxN[:, :, None], jnp.broadcast_to(token, x.shape), x)
         class_positions = int(config.class_token)
         positions = self._positions(init, class_positions)
         x = drop_patches(x + positions[None, class_positions:], config.patch_dropout, keys)
+        if kept_BxK is not None:
+            x = jnp.take_along_axis(x, kept_BxK[:, :, None], axis=1)
         prefix = []
         if config.class_token:
             token = weight(self, "class_token", init.class_token, ("embed",), (config.width,))
@@ -196,11 +235,13 @@ class ViT(nn.Module):
             prefix.append(weight(self, "registers", init.class_token, (None, "embed"), shape).astype(self.dtype))
         rows = [jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)) for tokens in prefix]
         x = constrain(jnp.concatenate([*rows, x], axis=1), "batch", "length", "embed")
-        return LayerNorm(config.norm_eps, name="ln_pre")(x) if config.pre_norm else x
+        return norm(config.norm_eps, name="ln_pre")(x) if config.pre_norm else x
 
     def _positions(self, init: Initializers, class_positions: int) -> jax.Array:
         """[class token + patches, D]."""
         config = self.config
+        if config.pos_embed == "none":
+            return jnp.zeros((class_positions + config.patches, config.width), self.dtype)
         if config.pos_embed == "sincos":
             return jnp.asarray(sincos_2d(config.grid, config.width, class_positions), self.dtype)
         shape = (class_positions + config.patches, config.width)
@@ -208,7 +249,7 @@ class ViT(nn.Module):
 
     def _pool(self, x: jax.Array, init: Initializers) -> dict[str, jax.Array]:
         config = self.config
-        norm = LayerNorm(config.norm_eps, name="ln_post") if config.post_norm else (lambda y: y)
+        norm = NORMS[config.norm](config.norm_eps, name="ln_post") if config.post_norm else (lambda y: y)
         outputs = {"tokens": norm(x)}
         if config.pool == "cls":
             # Normalised apart from the tokens: a caller that only wants the pooled vector pays for one token.

@@ -43,12 +43,17 @@ class ObjectiveConfig(Choice):
         """Side of the model's square images in pixels."""
         raise TypeError(f"{type(self).__name__} defines no image_size")
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the method has a tokenizer; one on images alone has none."""
+        return True
+
     def build(self, preprocess: PreprocessConfig, dtype: Dtype) -> "ModelObjective":
         """The objective; `preprocess` tells the normalisation on the chip, `dtype` is the compute dtype."""
         raise TypeError(f"{type(self).__name__} defines no build")
 
-    def make_example(self, tokenizer: Tokenizer, data: DataConfig) -> MakeExample:
-        """What turns a record of the source into a row of a batch."""
+    def make_example(self, tokenizer: Tokenizer | None, data: DataConfig) -> MakeExample:
+        """What turns a record of the source into a row of a batch; a method that reads text is given a tokenizer."""
         raise TypeError(f"{type(self).__name__} defines no make_example")
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -109,6 +114,17 @@ class ModelObjective(Objective):
             which: "pooled", before the projection (CLIP's linear probes), or "embedding", after it; not normalised.
         """
         raise TypeError(f"{type(self).__name__} has no image vectors")
+
+    def image_tokens(self, params: Any, images: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+        """uint8 or normalised float [B, H, W, 3] -> fp32 [B, N, D], tokens of the patches for an attentive probe.
+
+        Args:
+            params: of the model.
+            images: the images.
+            layers: blocks, counted from 0, whose outputs are averaged (AIM, El-Nouby et al. 2024, appendix); empty:
+                the tokens after the tower's last norm.
+        """
+        raise TypeError(f"{type(self).__name__} has no image tokens")
 
     def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] and int32 texts [P, L] -> fp32 [B, P]; the higher, the better they match."""

@@ -55,8 +55,9 @@ class ImageTextConfig(ObjectiveConfig):
         """Side in pixels."""
         return self.image_tower.image_shape[0]
 
-    def make_example(self, tokenizer: Tokenizer, data: DataConfig) -> ClipExamples:
+    def make_example(self, tokenizer: Tokenizer | None, data: DataConfig) -> ClipExamples:
         """Image and one of its captions."""
+        assert tokenizer is not None, "a method that reads text has a tokenizer"
         return ClipExamples(tokenizer, self.image_size, data.preprocess, data.augment)
 
     def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,0 +1,113 @@
+"""What every method that learns from images alone has in common: the rows of its batches, and how it is judged.
+
+No loss is here. A method keeps its image tower's parameters under `image/`, so that what it learnt starts another run
+(`init_from`) and is evaluated without the rest of the method.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+
+from vlm_jax.data.examples import ImageExamples, MakeExample
+from vlm_jax.data.images import PreprocessConfig
+from vlm_jax.data.pipeline import DataConfig
+from vlm_jax.data.text import Tokenizer
+from vlm_jax.models.image_tower import ImageTowerConfig
+from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig, normalise_images
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig(ObjectiveConfig):
+    """Family of the methods on images without captions."""
+
+    @property
+    def image_tower(self) -> ImageTowerConfig:
+        """The image tower that is trained."""
+        raise TypeError(f"{type(self).__name__} defines no image_tower")
+
+    @property
+    def reads_text(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels."""
+        return self.image_tower.image_shape[0]
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Images that the preprocessing can't make."""
+        height, width = self.image_tower.image_shape
+        if height != width:
+            yield "model.image.image_size", f"= {height}x{width} must be square here: the preprocessing makes squares"
+
+    def make_example(self, tokenizer: Tokenizer | None, data: DataConfig) -> MakeExample:
+        """The image."""
+        return ImageExamples(self.image_size, data.preprocess, data.augment)
+
+    def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """`image` uint8 [B, H, W, 3]."""
+        return {"image": jax.ShapeDtypeStruct((batch_size, self.image_size, self.image_size, 3), jnp.uint8)}
+
+
+class ImageObjective(ModelObjective):
+    """An objective whose image tower has its parameters at `image`.
+
+    Args:
+        config: names the tower.
+        module: the whole model of the method.
+        preprocess: its normalisation.
+        dtype: compute dtype.
+
+    Attributes:
+        tower: the image tower's module, `tower.apply({"params": params["image"]}, ...)`.
+    """
+
+    def __init__(self, config: ImagesConfig, module: nn.Module, preprocess: PreprocessConfig, dtype: Dtype):
+        self.module, self.preprocess = module, preprocess
+        self.image_tower, self.tower = config.image_tower, config.image_tower.build(None, dtype)
+
+    def encode(self, params: Any, images: jax.Array, *, intermediates: bool = False) -> dict[str, jax.Array]:
+        """What the tower makes of whole images, uint8 or normalised float [B, H, W, 3]; nothing random or masked."""
+        images = normalise_images(images, self.preprocess)
+        return self.tower.apply({"params": params["image"]}, images, intermediates=intermediates)  # pyright: ignore
+
+    def outputs(self, params: Any, batch: Mapping[str, jax.Array], intermediates: bool = True) -> dict[str, jax.Array]:
+        """The tower's outputs as `image/...`, and `image_features`."""
+        named = self.encode(params, batch["image"], intermediates=intermediates)
+        vectors = self._vector(named)
+        return {"image_features": unit_length(vectors)} | {f"image/{name}": value for name, value in named.items()}
+
+    def image_features(self, params: Any, images: jax.Array) -> jax.Array:
+        """See the base."""
+        return unit_length(self._vector(self.encode(params, images)))
+
+    def image_vectors(self, params: Any, images: jax.Array, which: str) -> jax.Array:
+        """See the base; there is no joint space, so both kinds are the tower's pooled vector."""
+        return self._vector(self.encode(params, images))
+
+    def image_tokens(self, params: Any, images: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+        """See the base."""
+        named = self.encode(params, images, intermediates=bool(layers))
+        tokens = named["blocks"][jnp.asarray(layers)].mean(axis=0) if layers else named["tokens"]
+        return tokens[:, self.image_tower.prefix_tokens :].astype(jnp.float32)
+
+    def _vector(self, named: Mapping[str, jax.Array]) -> jax.Array:
+        """[B, D] fp32: what the tower pools, or the mean of its patches where it pools nothing."""
+        if "pooled" in named:
+            return named["pooled"].astype(jnp.float32)
+        return named["tokens"][:, self.image_tower.prefix_tokens :].astype(jnp.float32).mean(axis=1)
+
+
+def unit_length(vectors_BxD: jax.Array) -> jax.Array:
+    """[B, D] -> [B, D] of L2 norm 1."""
+    square = jnp.square(vectors_BxD).sum(axis=-1, keepdims=True)
+    return vectors_BxD * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+__all__ = ["ImageObjective", "ImagesConfig", "unit_length"]
