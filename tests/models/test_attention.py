@@ -105,3 +105,33 @@ def test_the_pallas_kernel_refuses_what_it_can_not_compute():
     q, k, v = qkv()
     with pytest.raises(ValueError, match="'flash' takes masks over keys"):
         attend(q, k, v, bias=jnp.zeros((1, 2, 5, 7)), impl="flash")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("bias_shape", [None, (1, 2, 5, 7), (2, 1, 1, 7), (2, 2, 5, 7)])
+@pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 7), (2, 1, 5, 7)])
+def test_its_own_gradient_is_that_of_the_definition(causal, bias_shape, mask_shape):
+    """Against jax's gradient of the formula, in which a row that may see nothing gets no gradient either."""
+    q, k, v = qkv()
+    rng = np.random.default_rng(1)
+    bias = None if bias_shape is None else jnp.asarray(rng.normal(size=bias_shape), jnp.float32)
+    mask = None
+    if mask_shape is not None:
+        mask = jnp.asarray(rng.random(mask_shape) < 0.6).at[0, 0, 0, :].set(False)
+    cotangent = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+
+    def formula(q, k, v, bias):
+        logits = jnp.einsum("BTHD,BSHD->BHTS", q, k) / np.sqrt(q.shape[-1])
+        logits = logits if bias is None else logits + jnp.broadcast_to(bias, logits.shape)
+        seen = jnp.ones(logits.shape, bool) if mask is None else jnp.broadcast_to(mask, logits.shape)
+        seen = seen & jnp.tril(jnp.ones((5, 7), bool))[None, None] if causal else seen
+        weights = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
+        return jnp.sum(jnp.einsum("BHTS,BSHD->BTHD", weights, v) * cotangent)
+
+    def ours(q, k, v, bias):
+        return jnp.sum(attend(q, k, v, bias=bias, mask=mask, causal=causal, impl="xla") * cotangent)
+
+    arguments = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+    expected, found = (jax.grad(f, argnums=arguments)(q, k, v, bias) for f in (formula, ours))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, atol=2e-6)

@@ -11,14 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 from vlm_jax.mesh import constrain
 from vlm_jax.models.initializers import Initializers
 from vlm_jax.models.linear import Linear
+from vlm_jax.models.softmax_attention import softmax_attention
 from vlm_jax.models.splash import splash_attention
 
 AttentionImpl = Literal["auto", "xla", "cudnn", "flash"]
 
 # Below this length the [T, S] matrix is small and XLA's fused softmax is as good as a tiled kernel.
 FLASH_MIN_LENGTH = 1024
-# Finite, unlike -inf: a row with nothing to attend to gives the mean of the values rather than NaN.
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def attend(
@@ -67,28 +66,7 @@ def attend(
         return splash_attention(
             q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, key_mask_BxS=key_mask, causal=causal, interpret=platform != "tpu"
         )
-    return _attend_xla(q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, bias, mask, causal)
-
-
-def _attend_xla(
-    q_BxTxHxD: jax.Array,
-    k_BxSxHxD: jax.Array,
-    v_BxSxHxD: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
-    causal: bool,
-) -> jax.Array:
-    scale = q_BxTxHxD.shape[-1] ** -0.5
-    logits_BxHxTxS = jnp.einsum("BTHD,BSHD->BHTS", q_BxTxHxD, k_BxSxHxD, preferred_element_type=jnp.float32) * scale
-    if bias is not None:
-        logits_BxHxTxS = logits_BxHxTxS + bias.astype(jnp.float32)
-    if mask is not None:
-        logits_BxHxTxS = jnp.where(mask, logits_BxHxTxS, MASKED)
-    if causal:
-        triangle_TxS = jnp.tril(jnp.ones(logits_BxHxTxS.shape[-2:], bool))
-        logits_BxHxTxS = jnp.where(triangle_TxS[None, None], logits_BxHxTxS, MASKED)
-    weights_BxHxTxS = jax.nn.softmax(logits_BxHxTxS, axis=-1).astype(v_BxSxHxD.dtype)
-    return jnp.einsum("BHTS,BSHD->BTHD", weights_BxHxTxS, v_BxSxHxD)
+    return softmax_attention(q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, bias, mask, causal)
 
 
 def _platform() -> str:
