@@ -7,7 +7,7 @@ Published zero-shot top-1 on ImageNet: 75.3 % (400 M pairs of WIT, 12 days on 25
 """
 
 from vlm_jax.checkpoint import CheckpointConfig
-from vlm_jax.config import Config, TrainConfig, variant
+from vlm_jax.config import ChipPlan, Config, TrainConfig, variant
 from vlm_jax.data.images import AugmentConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import ShapesConfig, TarConfig
@@ -47,7 +47,7 @@ SMOKE = {
 
 
 def get_config(name: str = "") -> Config:
-    model = override(CLIP["ViT-L/14"], {"image.remat": "full", "text.remat": "full"})
+    model = override(CLIP["ViT-L/14"], {"image.remat": "auto", "text.remat": "auto"})
     config = Config(
         name="clip_l14",
         objective=ClipConfig(model=model, loss="gather", max_scale=100.0),
@@ -69,7 +69,15 @@ def get_config(name: str = "") -> Config:
             schedule=Cosine(warmup_steps=2000),
         ),
         parts=(Part("image", "image/.*"), Part("text", "text/.*"), Part("scale", "logit_scale")),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
+        # By the planner, 128 images a chip: the fastest that fits with room (docs/planning.md).
+        chips=(
+            ChipPlan("v4", "dots"),
+            ChipPlan("v5e", "save_qkv_mid"),
+            ChipPlan("v5p", "dots"),
+            ChipPlan("v6e", "dots"),
+            ChipPlan("tpu7x", "dots"),
+        ),
         train=TrainConfig(steps=PAIRS * EPOCHS // BATCH, log_every=100),
         checkpoint=CheckpointConfig(every=2000, keep=3, keep_every=50_000),
     )

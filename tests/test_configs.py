@@ -26,6 +26,17 @@ PAPER = {  # image width, depth, patch, size; embed; learning rate; steps: Radfo
 }
 
 
+def test_auto_remat_is_what_the_recipe_plans_for_the_chip() -> None:
+    config = load_config("configs/clip_l14.py")
+    assert config.objective.model.image.remat == "auto"  # pyright: ignore[reportAttributeAccessIssue]
+    for chip, policy in (("v5e", "save_qkv_mid"), ("v6e", "dots"), ("gpu", "full"), ("cpu", "none")):
+        model = config.on_chip(chip).objective.model  # pyright: ignore[reportAttributeAccessIssue]
+        assert (model.image.remat, model.text.remat) == (policy, policy)
+    chosen = load_config("configs/clip_l14.py", {"objective.model.image.remat": "full"}).on_chip("v5e")
+    model = chosen.objective.model  # pyright: ignore[reportAttributeAccessIssue]
+    assert (model.image.remat, model.text.remat) == ("full", "save_qkv_mid")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_resolves_and_survives_being_saved(path: Path) -> None:
     for variant in ("", ":smoke"):

@@ -19,6 +19,10 @@ from vlm_jax.schema import ConfigError
         (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2, 1)),
         (MeshConfig(fsdp=2, dcn_data=2), (4, 2, 1, 1)),
         (MeshConfig(data=1, fsdp=-1, dcn_fsdp=2), (1, 8, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1, fsdp_most=4), (2, 4, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1, fsdp_most=3), (4, 2, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1, fsdp_most=16), (1, 8, 1, 1)),
+        (MeshConfig(data=1, fsdp=-1, fsdp_most=2, dcn_data=2), (4, 2, 1, 1)),
     ],
 )
 def test_sizes(config: MeshConfig, sizes: tuple[int, ...]) -> None:
@@ -32,6 +36,7 @@ def test_sizes(config: MeshConfig, sizes: tuple[int, ...]) -> None:
         (MeshConfig(data=-1, fsdp=-1), ["config.mesh.fsdp", "only one axis"]),
         (MeshConfig(data=4), ["data=4", "8 devices", "-1"]),
         (MeshConfig(tensor=0), ["config.mesh.tensor = 0"]),
+        (MeshConfig(fsdp_most=-2), ["config.mesh.fsdp_most = -2"]),
     ],
 )
 def test_impossible_sizes(config: MeshConfig, words: list[str]) -> None:

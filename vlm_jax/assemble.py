@@ -18,6 +18,7 @@ from vlm_jax.data.sources import Source
 from vlm_jax.data.text import SentencePieceConfig, Tokenizer, build_tokenizer
 from vlm_jax.evals.base import Evaluator
 from vlm_jax.evals.encoder import MeshEncoder
+from vlm_jax.flops import chip_name
 from vlm_jax.mesh import make_mesh, shardings
 from vlm_jax.objectives.base import ModelObjective
 from vlm_jax.schema import override
@@ -57,7 +58,9 @@ def build_program(config: Config, mesh: Mesh | None = None) -> Program:
     if mesh is None:
         config.check_devices(jax.device_count())
         mesh = make_mesh(config.mesh)
-    dtype = config.compute_dtype(mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    dtype = config.compute_dtype(device.platform)
+    config = config.on_chip(chip_name(device))
     phases = [
         (first, phase.build(config.data.preprocess, dtype))
         for first, phase in config.objective.phases(config.train.steps)

@@ -21,6 +21,7 @@ from vlm_jax.checkpoint import CheckpointConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.evals.base import EvalConfig
 from vlm_jax.mesh import MeshConfig
+from vlm_jax.models.remat import RematName
 from vlm_jax.objectives.base import ObjectiveConfig
 from vlm_jax.optim import OptimizerConfig
 from vlm_jax.parts import EVERYTHING, Part
@@ -55,6 +56,19 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChipPlan:
+    """What `remat = "auto"` stands for on a kind of chip: the recipe's own plan there (docs/planning.md)."""
+
+    name: str  # v4, v5e, v5p, v6e, tpu7x; gpu, cpu
+    remat: RematName = "full"  # policy of every stack of blocks whose own is "auto"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """A plan that leaves open what it is for."""
+        if self.remat == "auto":
+            yield "remat", "= 'auto' is what this plan explains; name a policy"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides a run. Saved with every checkpoint."""
 
@@ -66,6 +80,7 @@ class Config:
     seed: int = 0  # of initial weights, data order, augmentation and dropout
     parts: tuple[Part, ...] = EVERYTHING
     mesh: MeshConfig = MeshConfig()
+    chips: tuple[ChipPlan, ...] = ()  # what `remat = "auto"` means on each; elsewhere "full", on CPUs "none"
     checkpoint: CheckpointConfig = CheckpointConfig()
     init_from: InitFrom = InitFrom()
     evals: tuple[EvalConfig, ...] = ()
@@ -84,6 +99,17 @@ class Config:
         for kind, name in names:
             if names.count((kind, name)) > 1:
                 yield "evals", f"has two {kind} evaluations named {name!r}; give each its own name"
+
+    def on_chip(self, chip: str) -> "Config":
+        """The config with every `remat = "auto"` resolved for a chip by `vlm_jax.flops.chip_name`."""
+        plans = {plan.name: plan.remat for plan in self.chips}
+        policy = plans.get(chip, "none" if chip == "cpu" else "full")
+        changes = {
+            key.removeprefix("config."): policy
+            for key, value in schema.leaves(self.objective, "config.objective")
+            if key.endswith(".remat") and value == "auto"
+        }
+        return override(self, changes)
 
     def check_devices(self, devices: int) -> None:
         """Raises `ConfigError` when batch and mesh don't fit `devices` devices; before anything is compiled."""
@@ -175,7 +201,16 @@ def to_json(config: Config) -> dict[str, Any]:
 
 # What may change between the starts of one run without making it another run: where and how fast it runs, what it
 # reports and keeps. Everything else decides the numbers.
-_FREE = ("mesh", "evals", "checkpoint", "data.workers", "data.threads", "data.prefetch", "data.bad_record_budget")
+_FREE = (
+    "mesh",
+    "chips",
+    "evals",
+    "checkpoint",
+    "data.workers",
+    "data.threads",
+    "data.prefetch",
+    "data.bad_record_budget",
+)
 _FREE_TRAIN = (
     "train.log_every",
     "train.eval_every",

@@ -37,6 +37,20 @@ _PEAK_BF16_FLOPS: dict[str, float] = {
     "NVIDIA L40S": 362e12,
 }
 
+# Names of TPU generations, as in topologies and recipes, by `device_kind`.
+_CHIP_NAMES: dict[str, str] = {
+    "TPU v2": "v2",
+    "TPU v3": "v3",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
 # A backward pass computes, for each product of the forward pass, the gradients of both of its factors.
 TRAIN_OVER_FORWARD = 3
 
@@ -53,6 +67,11 @@ class Device(Protocol):
 def peak_flops(device: Device) -> float | None:
     """Dense bf16 FLOP/s of one JAX device, or None for a kind that is not in the table (every CPU among them)."""
     return _PEAK_BF16_FLOPS.get(device.device_kind)
+
+
+def chip_name(device: Any) -> str:
+    """`v5e`, `v6e`, ... of a TPU; the platform ("cpu", "gpu") of any other device."""
+    return _CHIP_NAMES.get(device.device_kind, device.platform)
 
 
 def mfu(flops_per_step: float, seconds: float, device_count: int, peak: float | None) -> float | None:

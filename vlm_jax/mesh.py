@@ -55,6 +55,9 @@ class MeshConfig:
     fsdp: int = 1  # shares the batch too, and splits weights, gradients and optimiser
     tensor: int = 1  # splits heads and hidden units
     sequence: int = 1  # splits the tokens of an example
+    # with fsdp = -1: at most this many devices split a weight, what is left makes copies along `data`; 0: all of them.
+    # Shards of few rows are gathered at twice the bytes (docs/planning.md)
+    fsdp_most: int = 0
     dcn_data: int = 1  # slices (pods joined by the data-centre network) along `data`
     dcn_fsdp: int = 1  # slices along `fsdp`
 
@@ -64,6 +67,8 @@ class MeshConfig:
         for axis, size in sizes.items():
             if size == 0 or size < -1:
                 raise ConfigError(f"config.mesh.{axis} = {size} must be a positive number, or -1 for what is left")
+        if self.fsdp_most < 0:
+            raise ConfigError(f"config.mesh.fsdp_most = {self.fsdp_most} must not be negative; 0 is no limit")
         free = [axis for axis, size in sizes.items() if size == -1]
         if len(free) > 1:
             raise ConfigError(f"config.mesh.{free[1]} = -1 as well as {free[0]}; only one axis can take what is left")
@@ -76,6 +81,10 @@ class MeshConfig:
                     "product of the other axes"
                 )
             sizes[free[0]] = devices // known
+            if free == ["fsdp"] and self.fsdp_most:
+                left = sizes["fsdp"]
+                sizes["fsdp"] = max(size for size in range(1, self.fsdp_most + 1) if left % size == 0)
+                sizes["data"] *= left // sizes["fsdp"]
         elif known != devices:
             text = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "1"
             raise ConfigError(

@@ -45,7 +45,7 @@ def value_and_gradients(stack, params):
 
 def test_unrolled_and_every_remat_policy_equal_the_plain_scan(params):
     expected, gradients = value_and_gradients(with_changes(), params)
-    variants = [with_changes(remat=name) for name in POLICIES if name != "none"]
+    variants = [with_changes(remat=name) for name in POLICIES if name not in ("auto", "none")]
     variants += [with_changes(scan=False), with_changes(scan=False, remat="full")]
     for stack in variants:
         value, others = value_and_gradients(stack, params)
@@ -64,6 +64,9 @@ def test_policies_keep_less_and_less(params):
     assert kept["none"] > kept["dots"] > kept["full"]
     # query, key, value and context of 3 layers more than "full"; with those, the three biases are needed no more
     assert kept["save_qkv_ctx"] - kept["full"] == 4 * 3 * X.size - 3 * 3 * 16
+    # for the same bytes the tokens after attention in place of its context
+    assert kept["save_qkv_mid"] - kept["full"] == 4 * 3 * X.size - 3 * 3 * 16
+    assert kept["auto"] == kept["none"]
 
 
 def test_the_scan_is_a_loop_and_the_unrolled_stack_is_not(params):

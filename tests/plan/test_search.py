@@ -41,11 +41,11 @@ def test_candidates_divide_the_batch_and_change_only_what_differs() -> None:
 def test_the_best_plan_comes_first_and_what_needs_more_is_not_compiled(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    found, compiler = run(monkeypatch, tmp_path / "cache.jsonl", "save_qkv_ctx", 1000)
+    found, compiler = run(monkeypatch, tmp_path / "cache.jsonl", "save_qkv_mid", 1000)
     changes, best = found.plans[0]
     assert best["fits"]
-    assert changes["objective.model.image.remat"] == "save_qkv_ctx"
-    assert changes["objective.model.text.remat"] == "save_qkv_ctx"
+    assert changes["objective.model.image.remat"] == "save_qkv_mid"
+    assert changes["objective.model.text.remat"] == "save_qkv_mid"
     assert "train.accum_steps" not in changes
     assert found.left == 0
     # one plan each of the two policies that keep too much, and all of the others
@@ -53,7 +53,7 @@ def test_the_best_plan_comes_first_and_what_needs_more_is_not_compiled(
     assert len(compiler.compiled) == len(found.plans)
     assert [plan["fits"] for _, plan in found.plans] == sorted((p["fits"] for _, p in found.plans), reverse=True)
     text = search.render(found)
-    assert text.index("--config.objective.model.image.remat=save_qkv_ctx") < text.index("does not fit")
+    assert text.index("--config.objective.model.image.remat=save_qkv_mid") < text.index("does not fit")
     assert search.to_json(found)["best"] == changes
 
 

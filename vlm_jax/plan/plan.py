@@ -20,7 +20,7 @@ from vlm_jax.plan.topologies import Topology, abstract_devices
 from vlm_jax.schema import leaves
 
 # Policies by what a block keeps for its backward pass, the most first.
-REMAT_ORDER = ("none", "dots", "save_qkv_ctx", "full")
+REMAT_ORDER = ("none", "dots", "save_qkv_mid", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +279,7 @@ def remedies(plan: Plan) -> list[tuple[dict[str, str], str]]:
     if moments:
         options.append((moments, "halves the optimiser's first moment"))
     kept = {key: value for key, value in keys.items() if key.endswith(".remat") and value in POLICIES}
-    for policy in ("save_qkv_ctx", "full"):
+    for policy in ("save_qkv_mid", "full"):
         changes = {key: policy for key, value in kept.items() if _saves_more(value, policy)}
         if changes:
             options.append((changes, "keeps fewer activations for the backward pass, and recomputes them"))

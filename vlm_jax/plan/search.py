@@ -25,7 +25,7 @@ from vlm_jax.plan.topologies import Topology
 from vlm_jax.schema import ConfigError, leaves, override
 
 # What a policy makes a step compute, over no recomputation: orders candidates, decides nothing.
-_RECOMPUTED = {"none": 1.0, "dots": 1.03, "save_qkv_ctx": 1.14, "full": 1.23}
+_RECOMPUTED = {"none": 1.0, "dots": 1.03, "save_qkv_mid": 1.12, "save_qkv_ctx": 1.14, "full": 1.23}
 # Rows of a shard below which weights were seen to be gathered by an all-reduce (1024 over 256 chips; not over 16).
 _THIN = 8
 # The compiler may hold what the jaxpr keeps in fewer bytes, or make some of it again: a bound counts half of it.
