@@ -12,6 +12,7 @@ import tiny
 
 import vlm_jax
 from vlm_jax.checkpoint import CheckpointConfig, Checkpointer
+from vlm_jax.goodput import is_ledger_record
 from vlm_jax.preemption import EXIT_PREEMPTED, StopRequest
 from vlm_jax.schema import ConfigError
 from vlm_jax.train import TrainingError, train
@@ -24,8 +25,9 @@ def train_tiny(workdir: Path, **overrides: Any) -> int:
 
 
 def metrics(workdir: Path) -> list[dict[str, float]]:
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    """What the numbers of a run are: every record but the ledger's, without times."""
+    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records if not is_ledger_record(r)]
 
 
 def final_params(workdir: Path) -> Any:

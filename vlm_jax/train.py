@@ -6,9 +6,10 @@ run would have had on the same devices.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from vlm_jax.data.pipeline import Batch, TrainLoader
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.evaluate import evaluate
 from vlm_jax.flops import mfu, peak_flops
+from vlm_jax.goodput import Ledger, render
 from vlm_jax.mesh import host_values
 from vlm_jax.metrics import MetricWriter, WorkdirError, mean, read_json, write_json
 from vlm_jax.parts import merge
@@ -77,13 +79,15 @@ class _Run:
     def __init__(self, program: Program, workdir: str, started: float):
         config = program.config
         self.config, self.program, self.workdir, self.started = config, program, workdir, started
+        self.ledger = Ledger(started)
         self.is_primary = jax.process_index() == 0
         self.profiling = False
         self.console = Console(config.train.steps, is_primary=self.is_primary)
         self.checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint)
         self._check_same_run()
         self.source = config.data.build_source(index_directory(workdir))
-        restored = self.checkpointer.restore(program.setup.abstract)
+        with self.ledger.spend("restore"):
+            restored = self.checkpointer.restore(program.setup.abstract)
         meta: Mapping[str, Any] = {} if restored is None else restored[1]
         if restored is not None:
             check_same_run(meta["config"], config, workdir)
@@ -100,7 +104,7 @@ class _Run:
             config.data,
         )
         self.writer = MetricWriter(workdir, is_primary=self.is_primary)
-        self.writer.truncate_after(self.step)
+        self.ledger.carry_over(self.writer.truncate_after(self.step), self.step)
         self.clock = Clock()
         # Opened now and not when they are first due: a wrong path must not cost the steps until then.
         self.evaluators = build_evaluators(
@@ -143,12 +147,15 @@ class _Run:
         """All steps that are left."""
         total = self.config.train.steps
         pending: tuple[int, Any] | None = None
+        if self.step < total:
+            self._record_goodput()
+            self.ledger.turn_to("step")
         while self.step < total:
             if stop.now(self.step):
                 self._log(pending)
                 return self._leave_early()
             self.clock.begin()
-            with self.clock.phase("data"):
+            with self._phase("data", unless=functools.partial(_at_work, pending)):
                 batch: Batch = next(self.loader)
             self._profile()
             with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
@@ -172,12 +179,22 @@ class _Run:
         if self.step == self.config.train.steps:
             return
         if evaluate_now:
-            with self.clock.phase("evaluation"):
+            with self._phase("evaluation"):
                 self._evaluate()
-        with self.clock.phase("save"):
+        with self._phase("save"):
             if save_now:
                 self._save()
             self.checkpointer.check_error()
+            self._record_goodput()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """A phase for the rates of the log and for the ledger of the whole run."""
+        with self.clock.phase(name), self.ledger.spend(name, unless):
+            yield
+
+    def _record_goodput(self) -> None:
+        self.writer.scalars(self.step, self.ledger.record())
 
     def _eval_due(self, step: int) -> bool:
         intervals = [entry.every or self.config.train.eval_every for entry in self.config.evals]
@@ -218,8 +235,9 @@ class _Run:
         self.writer.scalars(step, values | {f"time/{name}": value for name, value in timing.items()})
         self.console.update(step, values | timing)
 
-    def _save(self) -> None:
-        self.checkpointer.save(
+    def _save(self) -> bool:
+        """Whether there was anything to save."""
+        return self.checkpointer.save(
             self.step,
             self.state,
             data_position=self.loader.position,
@@ -231,20 +249,35 @@ class _Run:
 
     def _leave_early(self) -> int:
         self.console.message(f"stopped by a signal after step {self.step}; saving")
-        if self.step:
-            self._save()
-        self.checkpointer.wait()
+        with self._phase("save"):
+            if self.step:
+                self._save()
+            self.checkpointer.wait()
         self.console.message("saved; the same command goes on from here")
+        self._sum_up()
         return EXIT_PREEMPTED
 
     def _finish(self) -> int:
         """The last checkpoint, then the last evaluation: a crash in it loses no training."""
-        self._save()
-        self.checkpointer.wait()
-        if self.evaluators and not self._evaluated():
-            self._evaluate()
+        with self._phase("save"):
+            saved = self._save()
+            self.checkpointer.wait()
+        evaluate_now = bool(self.evaluators) and not self._evaluated()
+        if evaluate_now:
+            with self._phase("evaluation"):
+                self._evaluate()
         self.console.message(f"done: {self.step} steps; {self.loader.bad_records} unusable records replaced")
+        if saved or evaluate_now:
+            self._sum_up()
         return 0
+
+    def _sum_up(self) -> None:
+        """Where the time of all starts so far went: the last record, `goodput.json` and a line."""
+        self._record_goodput()
+        summary = self.ledger.summary()
+        if self.is_primary:
+            write_json(os.path.join(self.workdir, "goodput.json"), {"step": self.step, **summary})
+        self.console.message(render(summary))
 
     def _evaluated(self) -> bool:
         """Whether the last evaluation stands in eval.json: the command of a finished run was given again.
@@ -296,3 +329,8 @@ class _Run:
             for part in (self.checkpointer, self.console, self.writer, self.loader):
                 stack.callback(part.close)
             stack.callback(self._stop_profile)
+
+
+def _at_work(pending: tuple[int, Any] | None) -> bool:
+    """Whether the chips still do the step before, so that they wait for no data yet."""
+    return pending is not None and not pending[1]["loss"][0].is_ready()
