@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from vlm_jax.assemble import Program, build_evaluators, build_program, build_run_tokenizer, index_directory
 from vlm_jax.checkpoint import Checkpointer, CheckpointError
 from vlm_jax.clock import Clock
+from vlm_jax.compiled import check_same_everywhere, compile_step
 from vlm_jax.config import Config, check_same_run, to_json
 from vlm_jax.console import Console
 from vlm_jax.data.pipeline import Batch, TrainLoader
@@ -28,10 +29,11 @@ from vlm_jax.flops import mfu, peak_flops
 from vlm_jax.goodput import Ledger, render
 from vlm_jax.mesh import host_values
 from vlm_jax.metrics import MetricWriter, WorkdirError, mean, read_json, write_json
+from vlm_jax.model_flops import step_flops
 from vlm_jax.parts import merge
 from vlm_jax.preemption import EXIT_PREEMPTED, StopRequest
 from vlm_jax.schema import ConfigError, to_dict
-from vlm_jax.step import TrainState
+from vlm_jax.step import StepFunction, TrainState
 from vlm_jax.warm_start import warm_start
 
 
@@ -39,7 +41,13 @@ class TrainingError(RuntimeError):
     """Training can't go on; the sentence says why and what to do."""
 
 
-def train(config: Config, workdir: str, started: float | None = None, stop: StopRequest | None = None) -> int:
+def train(
+    config: Config,
+    workdir: str,
+    started: float | None = None,
+    stop: StopRequest | None = None,
+    compiled_file: str = "",
+) -> int:
     """Runs or continues a run to its last step.
 
     Args:
@@ -47,6 +55,7 @@ def train(config: Config, workdir: str, started: float | None = None, stop: Stop
         workdir: its folder; made when absent.
         started: `time.time()` at the start of the process, for the time to the first step.
         stop: what asks for an early end; None listens to SIGTERM and SIGINT while training runs.
+        compiled_file: steps that were compiled ahead of time (`vlm_jax.compiled`); "" compiles them here.
 
     Returns:
         The exit code: 0 when the last step is done, 75 when a signal stopped it after a save.
@@ -60,9 +69,11 @@ def train(config: Config, workdir: str, started: float | None = None, stop: Stop
         raise ConfigError(f"--workdir={workdir} must lie in a file system; mount the bucket (docs/launching.md)")
     workdir = os.path.abspath(os.path.expanduser(workdir))
     with stop or StopRequest() as stop:
+        check_same_everywhere(to_json(config))
         program = build_program(config)
+        flops = [step_flops(program, phase) for phase in range(len(program.steps))]
         with jax.set_mesh(program.mesh):
-            run = _Run(program, workdir, started or time.time())
+            run = _Run(program, flops, workdir, started or time.time(), compiled_file)
             try:
                 code = run.loop(stop)
             except BaseException:
@@ -76,10 +87,14 @@ def train(config: Config, workdir: str, started: float | None = None, stop: Stop
 class _Run:
     """One process's share of a run: everything that the loop holds beside the train state."""
 
-    def __init__(self, program: Program, workdir: str, started: float):
-        config = program.config
+    def __init__(
+        self, program: Program, flops: Sequence[float | None], workdir: str, started: float, compiled_file: str
+    ):
+        config, self.flops = program.config, flops  # by phase
         self.config, self.program, self.workdir, self.started = config, program, workdir, started
         self.ledger = Ledger(started)
+        self.compiled_file = compiled_file
+        self.compiled: dict[int, StepFunction] = {}  # by phase
         self.is_primary = jax.process_index() == 0
         self.profiling = False
         self.console = Console(config.train.steps, is_primary=self.is_primary)
@@ -154,12 +169,13 @@ class _Run:
             if stop.now(self.step):
                 self._log(pending)
                 return self._leave_early()
+            step = self._step()
             self.clock.begin()
             with self._phase("data", unless=functools.partial(_at_work, pending)):
                 batch: Batch = next(self.loader)
             self._profile()
             with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
-                self.state, metrics = self.program.step_at(self.step)(self.state, batch)
+                self.state, metrics = step(self.state, batch)
             self.step += 1
             # The metrics of the step before are read only now: the device never waits for the host.
             self._log(pending)
@@ -170,6 +186,15 @@ class _Run:
                 pending = None
                 self._pause(evaluate_now, save_now)
         return self._finish()
+
+    def _step(self) -> StepFunction:
+        """The compiled step that is next; compiled when its phase begins."""
+        phase = self.program.phase_at(self.step)
+        if phase not in self.compiled:
+            with self._phase("compile"):
+                self.compiled[phase] = compile_step(self.program, phase, self.compiled_file, self.console.message)
+            self._record_goodput()
+        return self.compiled[phase]
 
     def _pause(self, evaluate_now: bool, save_now: bool) -> None:
         """Evaluation and checkpoint between two steps; neither counts as time of a step.
@@ -219,7 +244,7 @@ class _Run:
             )
         if values["nonfinite_in_a_row"]:
             self.console.message(f"step {step - 1}: loss or gradients are not finite; the step changed nothing")
-        self.clock.step_done(was_ready)
+        self.clock.step_done(was_ready, self.flops[self.program.phase_at(step - 1)] or 0.0)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             self._report(step, values)
 
@@ -228,9 +253,9 @@ class _Run:
         if timing:
             seconds, batch_size = timing["seconds_per_step"], self.config.data.batch_size
             timing["examples_per_second"] = batch_size / seconds
-            flops = self.config.objective.train_flops() * batch_size
+            flops = timing.pop("flops_per_step")
             used = mfu(flops, seconds, jax.device_count(), peak_flops(jax.devices()[0]))
-            timing |= {} if used is None else {"mfu": used}
+            timing |= {} if used is None or not flops else {"mfu": used}
         values["bad_records"] = float(self.loader.bad_records)
         self.writer.scalars(step, values | {f"time/{name}": value for name, value in timing.items()})
         self.console.update(step, values | timing)
