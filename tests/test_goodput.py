@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from vlm_jax.goodput import PARTS, Ledger, is_ledger_record, render
+from vlm_jax.goodput import OWN_PARTS, PARTS, Ledger, is_ledger_record, render, slow_processes
 from vlm_jax.metrics import MetricWriter
 
 
@@ -129,3 +130,23 @@ def test_metrics_of_a_run_without_a_ledger_start_one(tmp_path: Path) -> None:
     ledger.carry_over([{"step": 3, "time": 5.0, "loss": 1.0}], 3)
     time.now += 2
     assert ledger.summary()["wall_seconds"] == pytest.approx(2)
+
+
+def test_a_slow_process_is_named_with_what_it_is_slow_in() -> None:
+    time = Time()
+    ledgers = [Ledger(time.now, time) for _ in range(4)]
+    rows = []
+    for ledger, data in zip(ledgers, (0.1, 0.1, 5.0, 0.12), strict=True):
+        start = time.now
+        ledger.own_parts()
+        with ledger.spend("data"):
+            time.now += data
+        time.now = start + 10
+        seconds, interval = ledger.own_parts()
+        rows.append(seconds)
+        assert interval == pytest.approx(10)
+    (sentence,) = slow_processes(np.stack(rows), 10.0)
+    assert sentence == "process 2 is slow in data: 5.0 s of the last 10.0 s, the others 0.1 s"
+    assert slow_processes(np.stack(rows[:2] + rows[3:]), 10.0) == []
+    (two,) = slow_processes(np.asarray([[0.1, 0, 0], [0.9, 0, 0]]), 10.0)
+    assert OWN_PARTS[0] in two and "process 1" in two

@@ -106,7 +106,10 @@ def test_what_only_decides_speed_may_change(unbroken: Path, tmp_path: Path, monk
         patch.setattr(StopAt, "step", 4)
         patch.setattr("vlm_jax.train.StopRequest", StopAt)
         assert train_tiny(tmp_path, train__eval_every=3) == EXIT_PREEMPTED
-    assert train(tiny.config(mesh__data=8, data__threads=3, train__eval_every=3), str(tmp_path)) == 0
+    faster = {f"objective__model__{tower}__remat": "full" for tower in ("image", "text")}
+    faster |= {f"objective__model__{tower}__scan": "false" for tower in ("image", "text")}
+    faster |= {"objective__model__image__attention_impl": "xla", "train__accum_steps": 2, "data__threads": 3}
+    assert train(tiny.config(mesh__data=8, train__eval_every=3, **faster), str(tmp_path)) == 0
     for got, want in zip(metrics(tmp_path), metrics(unbroken), strict=True):
         assert got.get("loss", 0) == pytest.approx(want.get("loss", 0), rel=1e-4)
 

@@ -9,12 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from vlm_jax.console import format_duration
 
 PREFIX = "goodput/"
 # In the order in which they are shown. `lost`: steps that were done and thrown away, since the run went on from an
 # older checkpoint. `down`: between the last sign of life of one start and the next start.
 PARTS = ("step", "data", "compile", "init", "restore", "evaluation", "save", "lost", "down")
+# What a process does by itself. The time of a step is the same on all: the chips wait for each other in it.
+OWN_PARTS = ("data", "evaluation", "save")
 
 
 def is_ledger_record(record: Mapping[str, Any]) -> bool:
@@ -35,6 +39,7 @@ class Ledger:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._part, self._mark = "init", started
         self._starts, self._lost_steps = 1, 0
+        self._looked, self._seen = started, np.zeros(len(OWN_PARTS))
 
     def carry_over(self, records: Sequence[Mapping[str, Any]], step: int) -> None:
         """Adds what earlier starts booked, and what became of the work that they did beyond `step`.
@@ -103,11 +108,37 @@ class Ledger:
             "starts": self._starts,
         }
 
+    def own_parts(self) -> tuple[np.ndarray, float]:
+        """(seconds of each of `OWN_PARTS`, all seconds) since the last call."""
+        self._book(self._part)
+        seconds = np.asarray([self._seconds[part] for part in OWN_PARTS])
+        since, self._seen = seconds - self._seen, seconds
+        interval, self._looked = self._mark - self._looked, self._mark
+        return since, interval
+
     def _book(self, part: str) -> None:
         now = self._now()
         # Wall clocks are set back at times.
         self._seconds[part] += max(now - self._mark, 0.0)
         self._mark = now
+
+
+def slow_processes(seconds_PxC: np.ndarray, interval: float) -> list[str]:
+    """A sentence for each process and part that took over twice the median of the other processes.
+
+    Args:
+        seconds_PxC: per process the seconds of each of `OWN_PARTS` in the interval.
+        interval: its seconds; what takes less than a twentieth of it is not worth a word.
+    """
+    sentences = []
+    for process, row in enumerate(seconds_PxC):
+        others = np.median(np.delete(seconds_PxC, process, axis=0), axis=0)
+        sentences += [
+            f"process {process} is slow in {part}: {mine:.1f} s of the last {interval:.1f} s, the others {other:.1f} s"
+            for part, mine, other in zip(OWN_PARTS, row, others, strict=True)
+            if mine > 2 * other and mine > interval / 20
+        ]
+    return sentences
 
 
 def render(summary: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from vlm_jax.data.pipeline import Batch, TrainLoader
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.evaluate import evaluate
 from vlm_jax.flops import mfu, peak_flops
-from vlm_jax.goodput import Ledger, render
+from vlm_jax.goodput import Ledger, render, slow_processes
 from vlm_jax.mesh import host_values
 from vlm_jax.metrics import MetricWriter, WorkdirError, mean, read_json, write_json
 from vlm_jax.model_flops import step_flops
@@ -35,6 +35,9 @@ from vlm_jax.preemption import EXIT_PREEMPTED, StopRequest
 from vlm_jax.schema import ConfigError, to_dict
 from vlm_jax.step import StepFunction, TrainState
 from vlm_jax.warm_start import warm_start
+
+# Logs between two comparisons of the processes, each of which waits for the step in flight.
+_LOGS_BETWEEN_LOOKS = 10
 
 
 class TrainingError(RuntimeError):
@@ -96,7 +99,7 @@ class _Run:
         self.compiled_file = compiled_file
         self.compiled: dict[int, StepFunction] = {}  # by phase
         self.is_primary = jax.process_index() == 0
-        self.profiling = False
+        self.profiling, self.reports = False, 0
         self.console = Console(config.train.steps, is_primary=self.is_primary)
         self.checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint)
         self._check_same_run()
@@ -259,6 +262,11 @@ class _Run:
         values["bad_records"] = float(self.loader.bad_records)
         self.writer.scalars(step, values | {f"time/{name}": value for name, value in timing.items()})
         self.console.update(step, values | timing)
+        self.reports += 1
+        if jax.process_count() > 1 and self.reports % _LOGS_BETWEEN_LOOKS == 0:
+            seconds, interval = self.ledger.own_parts()
+            for sentence in slow_processes(multihost_utils.process_allgather(seconds), interval):
+                self.console.message(sentence)
 
     def _save(self) -> bool:
         """Whether there was anything to save."""
