@@ -86,5 +86,5 @@ def test_processes_of_different_commands_are_told_apart_before_the_first_step(tm
     assert codes == (EXIT_CONFIG, EXIT_CONFIG), outputs
     for output in outputs:
         assert "the processes of this job don't run the same program" in output
-        assert "process 1: it.optimizer.learning_rate: " in output and "-> 0.5" in output
+        assert "process 1: config.optimizer.learning_rate: " in output and "-> 0.5" in output
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -6,7 +6,7 @@ A file of compiled steps is loaded only for the very program, devices and JAX th
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -95,7 +95,7 @@ def compile_step(program: Program, phase: int, path: str, say: Callable[[str], N
         ConfigError: the processes have lowered different programs.
     """
     lowered = lower(program, phase)
-    check_same_everywhere({"program": program_hash(lowered), "jax": jax.__version__})
+    check_same_everywhere({"program": program_hash(lowered), "jax": jax.__version__}, "step")
     if path:
         step, reason = load(path, program, phase, lowered)
         if _everywhere(step is not None):
@@ -105,8 +105,8 @@ def compile_step(program: Program, phase: int, path: str, say: Callable[[str], N
         return lowered.compile()
 
 
-def check_same_everywhere(facts: dict[str, Any]) -> None:
-    """Compares plain data between all processes; they must call it together, and do before anything else is shared.
+def check_same_everywhere(facts: Mapping[str, Any], name: str) -> None:
+    """Compares plain data between all processes; they must call it together. `name` begins the names of what differs.
 
     Raises:
         ConfigError: a process differs from process 0; names it and every difference.
@@ -121,7 +121,7 @@ def check_same_everywhere(facts: dict[str, Any]) -> None:
     lines = [
         f"process {index}: {line}"
         for index, other in enumerate(everyone)
-        for line in differences(everyone[0], other, "it")
+        for line in differences(everyone[0], other, name)
     ]
     raise ConfigError(
         "the processes of this job don't run the same program; start all of them with the same command, code and "

@@ -36,7 +36,7 @@ class Ledger:
 
     def __init__(self, started: float, now: Callable[[], float] = time.time):
         self._now, self._started = now, started
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._part, self._mark = "init", started
         self._starts, self._lost_steps = 1, 0
         self._looked, self._seen = started, np.zeros(len(OWN_PARTS))

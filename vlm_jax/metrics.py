@@ -207,7 +207,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
             record = json.loads(line)
-            record["step"] + 0
+            int(record["step"])
         except (ValueError, TypeError, KeyError):
             raise WorkdirError(
                 f"{path}, line {number} is no metrics record: {line[:80]!r}. Remove that line, or move the file away."

@@ -72,7 +72,7 @@ def train(
         raise ConfigError(f"--workdir={workdir} must lie in a file system; mount the bucket (docs/launching.md)")
     workdir = os.path.abspath(os.path.expanduser(workdir))
     with stop or StopRequest() as stop:
-        check_same_everywhere(to_json(config))
+        check_same_everywhere(to_json(config), "config")
         program = build_program(config)
         flops = [step_flops(program, phase) for phase in range(len(program.steps))]
         with jax.set_mesh(program.mesh):
