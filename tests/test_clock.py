@@ -74,3 +74,14 @@ def test_the_first_step_has_no_rate() -> None:
     clock.step_done(was_ready=False)
     assert not clock.first_step()
     assert clock.summary() == {}
+
+
+def test_steps_of_two_phases_weigh_by_their_own_flops() -> None:
+    """A dear step at the end of cheap ones must not make all of them dear."""
+    time = Time()
+    clock = Clock(time)
+    clock.step_done(was_ready=False)
+    for flops in (1.0, 1.0, 1.0, 5.0):
+        time.now += 1
+        clock.step_done(was_ready=False, flops=flops)
+    assert clock.summary()["flops_per_step"] == 2.0

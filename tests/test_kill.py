@@ -15,9 +15,8 @@ from vlm_jax.preemption import EXIT_PREEMPTED
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    return {
-        line["step"]: line["loss"] for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    }
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +51,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(number: signal.Signals, unb
 
 def test_sigkill_loses_only_the_steps_since_the_last_checkpoint(unbroken: Path, tmp_path: Path) -> None:
     arguments = (*command.DIGITS, f"--workdir={tmp_path}", "--config.data.workers=1")
+    started = time.time()
     process = command.start(*arguments)
     code, _ = command.signal_at_step(process, 27, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert command.wait_for_no_children(process.pid, 10) == [], "data workers outlive their trainer"
     code, output = command.run(*arguments)
     assert code == 0, output
+    wall = time.time() - started
     assert "continued at step" in output
     assert_same_end(tmp_path, unbroken)
+    ledger = json.loads((tmp_path / "goodput.json").read_text())
+    assert ledger["starts"] == 2 and ledger["lost_steps"] >= 7
+    assert ledger["seconds"]["lost"] > 0 < ledger["seconds"]["down"]
+    assert sum(ledger["seconds"].values()) == pytest.approx(ledger["wall_seconds"])
+    # less what no process can measure of itself: the start of Python and what comes after the last line
+    assert 0.8 * wall < ledger["wall_seconds"] <= wall
 
 
 def test_a_second_signal_does_no_harm(tmp_path: Path) -> None:

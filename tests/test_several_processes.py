@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 import vlm_jax
+from vlm_jax.main import EXIT_CONFIG
 from vlm_jax.preemption import EXIT_PREEMPTED
 
 RUN = (
@@ -22,13 +23,14 @@ RUN = (
 )
 
 
-def pair(workdir: Path) -> list:
+def pair(workdir: Path, *second: str) -> list:
+    """Two processes; the second one is given further flags."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return [
-        command.start(*RUN, f"--workdir={workdir}", f"--distributed=127.0.0.1:{port},2,{index}", devices=4)
-        for index in range(2)
+        command.start(*RUN, f"--workdir={workdir}", f"--distributed=127.0.0.1:{port},2,{index}", *flags, devices=4)
+        for index, flags in enumerate(((), second))
     ]
 
 
@@ -77,3 +79,12 @@ def test_sigterm_to_one_stops_both_at_one_step_and_both_go_on_bit_for_bit(unbrok
     assert f"continued at step {stopped}" in outputs[0]
     assert losses(tmp_path) == losses(unbroken)
     tiny.assert_trees_equal(vlm_jax.load(tmp_path).params, vlm_jax.load(unbroken).params)
+
+
+def test_processes_of_different_commands_are_told_apart_before_the_first_step(tmp_path: Path) -> None:
+    codes, outputs = finish(pair(tmp_path, "--config.optimizer.learning_rate=0.5"))
+    assert codes == (EXIT_CONFIG, EXIT_CONFIG), outputs
+    for output in outputs:
+        assert "the processes of this job don't run the same program" in output
+        assert "process 1: config.optimizer.learning_rate: " in output and "-> 0.5" in output
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -19,8 +19,8 @@ from vlm_jax.data.text import SentencePieceConfig, Tokenizer, build_tokenizer
 from vlm_jax.evals.base import Evaluator
 from vlm_jax.evals.encoder import MeshEncoder
 from vlm_jax.flops import chip_name
-from vlm_jax.mesh import make_mesh, shardings
-from vlm_jax.objectives.base import ModelObjective
+from vlm_jax.mesh import batch_sharding, make_mesh, shardings
+from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig
 from vlm_jax.schema import override
 from vlm_jax.step import Setup, StepFunction, make_setup, make_train_step
 
@@ -42,6 +42,29 @@ class Program:
     objective: ModelObjective
     setup: Setup
     steps: tuple[tuple[int, StepFunction], ...]
+
+    @property
+    def methods(self) -> tuple[ObjectiveConfig, ...]:
+        """The method of each phase, as `steps`."""
+        return tuple(method for _, method in self.config.objective.phases(self.config.train.steps))
+
+    def phase_at(self, index: int) -> int:
+        """Which phase makes step `index` of the run."""
+        return max(phase for phase, (first, _) in enumerate(self.steps) if index >= first)
+
+    def batch_shapes(self, phase: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a phase's global batch."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for name, leaf in self.methods[phase].batch_shapes(self.config.data.batch_size).items()
+        }
+
+    def trace(self, phase: int) -> Any:
+        """A phase's step as `jax.stages.Traced`, from shapes alone: what training runs and what is planned."""
+        with jax.set_mesh(self.mesh):
+            step: Any = self.steps[phase][1]
+            return step.trace(self.setup.abstract, self.batch_shapes(phase))
 
     @property
     def step(self) -> StepFunction:

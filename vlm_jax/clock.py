@@ -20,7 +20,7 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now = now
         self._phases: dict[str, float] = {}
-        self._steps = 0
+        self._steps, self._flops = 0, 0.0
         self._seen_first = False
         self._mark = self._began = self._next_mark = now()
 
@@ -41,17 +41,23 @@ class Clock:
         """Whether no step was counted yet; the first one holds the compilation and is left out of all rates."""
         return not self._seen_first
 
-    def step_done(self, was_ready: bool) -> None:
-        """The results of a step are read; `was_ready` if they were there before the host asked for them."""
+    def step_done(self, was_ready: bool, flops: float = 0.0) -> None:
+        """The results of a step are read; `was_ready` if they were there before the host asked for them.
+
+        `flops` are the model FLOPs of this step: those of the phase that it belongs to.
+        """
         self._next_mark = self._began if was_ready else self._now()
         if not self._seen_first:
             self._seen_first = True
             self._restart()
             return
         self._steps += 1
+        self._flops += flops
 
     def summary(self) -> dict[str, float]:
-        """`seconds_per_step` and `data_wait` (share of that) since the last summary, which starts a new interval.
+        """`seconds_per_step`, `data_wait` (share of that) and `flops_per_step` since the last summary.
+
+        It starts a new interval.
 
         Empty when no step but the first one was done since: there is nothing to take a rate of.
         """
@@ -63,9 +69,10 @@ class Clock:
         result = {
             "seconds_per_step": busy / self._steps,
             "data_wait": min(self._phases.get("data", 0.0) / busy, 1.0),
+            "flops_per_step": self._flops / self._steps,
         }
         self._restart()
         return result
 
     def _restart(self) -> None:
-        self._mark, self._steps, self._phases = self._next_mark, 0, {}
+        self._mark, self._steps, self._flops, self._phases = self._next_mark, 0, 0.0, {}

@@ -217,20 +217,22 @@ _FREE_TRAIN = (
     "train.profile_start",
     "train.profile_steps",
     "train.max_nonfinite",
+    "train.accum_steps",
 )
+# Wherever they stand: what is recomputed and which form of the same attention runs.
+_FREE_ANYWHERE = (".remat", ".scan", ".attention_impl")
 
 
 def check_same_run(saved: Mapping[str, Any], config: Config, workdir: str) -> None:
     """Raises `ConfigError`, listing every difference, when a workdir belongs to a run of another config."""
-    free = tuple(f"config.{key}" for key in (*_FREE, *_FREE_TRAIN))
-    lines = [
-        line
-        for line in schema.differences(saved, to_json(config))
-        if not line.partition(":")[0].startswith(tuple(f"{key}." for key in free))
-        and line.partition(":")[0] not in free
-    ]
+    lines = [line for line in schema.differences(saved, to_json(config)) if not _is_free(line.partition(":")[0])]
     if lines:
         raise ConfigError(
             f"workdir {workdir} belongs to a run of another config; give another --workdir, or the old values "
             "(saved -> now):\n  " + "\n  ".join(lines)
         )
+
+
+def _is_free(key: str) -> bool:
+    free = tuple(f"config.{name}" for name in (*_FREE, *_FREE_TRAIN))
+    return key in free or key.startswith(tuple(f"{name}." for name in free)) or key.endswith(_FREE_ANYWHERE)

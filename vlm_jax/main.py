@@ -26,6 +26,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--mode", choices=("train", "eval"), default="train", help="eval: evaluate a checkpoint alone")
     parser.add_argument("--checkpoint", help="for --mode=eval: workdir, step directory or imported checkpoint")
     parser.add_argument("--print_config", action="store_true", help="print every key with its value and stop")
+    parser.add_argument("--compiled", default="", metavar="FILE", help="the step, from `vlm_jax.plan --compiled=FILE`")
+    parser.add_argument(
+        "--compilation_cache",
+        metavar="FOLDER",
+        help="keeps compiled programs for the next start; `off` keeps none (default: WORKDIR/compilation_cache)",
+    )
     parser.add_argument("--distributed", default="auto", help="auto, on, off, or HOST:PORT,COUNT,INDEX")
     overrides, rest = split_overrides(arguments)
     return parser.parse_args(rest), overrides
@@ -41,6 +47,18 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         else:
             rest.append(argument)
     return overrides, rest
+
+
+def keep_compiled_programs(folder: str) -> None:
+    """Lets JAX keep what it compiles in a folder and take it from there. Of several processes the first one writes.
+
+    A folder that can't be written, or holds what can't be read, costs a warning and the compilation.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(folder)))
+    compilation_cache.reset_cache()  # it remembers the folder of its first use
 
 
 def run(flags: argparse.Namespace, overrides: dict[str, str], started: float) -> int:
@@ -68,7 +86,10 @@ def run(flags: argparse.Namespace, overrides: dict[str, str], started: float) ->
 
     assert config is not None
     workdir = flags.workdir or os.path.join("runs", config.name)
-    return train(config, workdir, started, StopRequest(process_ends=__name__ == "__main__"))
+    cache = flags.compilation_cache or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if cache != "off" and "://" not in workdir:
+        keep_compiled_programs(cache or os.path.join(workdir, "compilation_cache"))
+    return train(config, workdir, started, StopRequest(process_ends=__name__ == "__main__"), flags.compiled)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,6 +18,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
+from vlm_jax.goodput import is_ledger_record
+
 _PROTO: Any = event_pb2  # its classes are made when it is imported, so type checkers see none
 
 
@@ -134,22 +136,28 @@ class MetricWriter:
             Image.fromarray(image_HxWxC).save(path)
         self._add_events([summary.image(name, image_HxWxC, dataformats="HWC")], int(step), self._clock())
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> list[dict[str, Any]]:
         """Forgets what a run wrote beyond `step`, the step it was restored at, so that no step is logged twice.
 
-        Lines of `metrics.jsonl` with a greater step are removed (the file is replaced as a whole), and TensorBoard is
-        told to hide its later events. Call it before the first `scalars`.
+        Lines of `metrics.jsonl` with a greater step are removed (the file is replaced as a whole), those of the ledger
+        of wall time excepted, and TensorBoard is told to hide its later events. Call it before the first `scalars`.
+
+        Returns:
+            All records that the file held, the removed ones among them; none but on the primary process.
 
         Raises:
             WorkdirError: a line that is no record of this writer; names file and line.
         """
         if not self._is_primary:
-            return
+            return []
         self._file.close()
-        _write_atomically(self._path, b"".join(_lines_up_to(self._path, step)))
+        lines = _read_lines(self._path)
+        kept = [line for line, record in lines if record["step"] <= step or is_ledger_record(record)]
+        _write_atomically(self._path, b"".join(kept))
         with writing(self._path):
             self._file = self._path.open("a", encoding="utf-8")
         self._purge_step = step + 1
+        return [record for _, record in lines]
 
     def close(self) -> None:
         """Flushes and closes the files; the writer can't be used afterwards."""
@@ -193,18 +201,19 @@ def _drop_torn_line(path: Path) -> None:
         _write_atomically(path, whole)
 
 
-def _lines_up_to(path: Path, step: int) -> list[bytes]:
-    kept = []
+def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Every line with its record."""
+    found = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
-            line_step = json.loads(line)["step"]
+            record = json.loads(line)
+            int(record["step"])
         except (ValueError, TypeError, KeyError):
             raise WorkdirError(
                 f"{path}, line {number} is no metrics record: {line[:80]!r}. Remove that line, or move the file away."
             ) from None
-        if line_step <= step:
-            kept.append(line)
-    return kept
+        found.append((line, record))
+    return found
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

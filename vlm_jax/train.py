@@ -6,9 +6,10 @@ run would have had on the same devices.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,26 +19,38 @@ from jax.experimental import multihost_utils
 from vlm_jax.assemble import Program, build_evaluators, build_program, build_run_tokenizer, index_directory
 from vlm_jax.checkpoint import Checkpointer, CheckpointError
 from vlm_jax.clock import Clock
+from vlm_jax.compiled import check_same_everywhere, compile_step
 from vlm_jax.config import Config, check_same_run, to_json
 from vlm_jax.console import Console
 from vlm_jax.data.pipeline import Batch, TrainLoader
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.evaluate import evaluate
 from vlm_jax.flops import mfu, peak_flops
+from vlm_jax.goodput import Ledger, render, slow_processes
 from vlm_jax.mesh import host_values
 from vlm_jax.metrics import MetricWriter, WorkdirError, mean, read_json, write_json
+from vlm_jax.model_flops import step_flops
 from vlm_jax.parts import merge
 from vlm_jax.preemption import EXIT_PREEMPTED, StopRequest
 from vlm_jax.schema import ConfigError, to_dict
-from vlm_jax.step import TrainState
+from vlm_jax.step import StepFunction, TrainState
 from vlm_jax.warm_start import warm_start
+
+# Logs between two comparisons of the processes, each of which waits for the step in flight.
+_LOGS_BETWEEN_LOOKS = 10
 
 
 class TrainingError(RuntimeError):
     """Training can't go on; the sentence says why and what to do."""
 
 
-def train(config: Config, workdir: str, started: float | None = None, stop: StopRequest | None = None) -> int:
+def train(
+    config: Config,
+    workdir: str,
+    started: float | None = None,
+    stop: StopRequest | None = None,
+    compiled_file: str = "",
+) -> int:
     """Runs or continues a run to its last step.
 
     Args:
@@ -45,6 +58,7 @@ def train(config: Config, workdir: str, started: float | None = None, stop: Stop
         workdir: its folder; made when absent.
         started: `time.time()` at the start of the process, for the time to the first step.
         stop: what asks for an early end; None listens to SIGTERM and SIGINT while training runs.
+        compiled_file: steps that were compiled ahead of time (`vlm_jax.compiled`); "" compiles them here.
 
     Returns:
         The exit code: 0 when the last step is done, 75 when a signal stopped it after a save.
@@ -58,9 +72,11 @@ def train(config: Config, workdir: str, started: float | None = None, stop: Stop
         raise ConfigError(f"--workdir={workdir} must lie in a file system; mount the bucket (docs/launching.md)")
     workdir = os.path.abspath(os.path.expanduser(workdir))
     with stop or StopRequest() as stop:
+        check_same_everywhere(to_json(config), "config")
         program = build_program(config)
+        flops = [step_flops(program, phase) for phase in range(len(program.steps))]
         with jax.set_mesh(program.mesh):
-            run = _Run(program, workdir, started or time.time())
+            run = _Run(program, flops, workdir, started or time.time(), compiled_file)
             try:
                 code = run.loop(stop)
             except BaseException:
@@ -74,16 +90,22 @@ def train(config: Config, workdir: str, started: float | None = None, stop: Stop
 class _Run:
     """One process's share of a run: everything that the loop holds beside the train state."""
 
-    def __init__(self, program: Program, workdir: str, started: float):
-        config = program.config
+    def __init__(
+        self, program: Program, flops: Sequence[float | None], workdir: str, started: float, compiled_file: str
+    ):
+        config, self.flops = program.config, flops  # by phase
         self.config, self.program, self.workdir, self.started = config, program, workdir, started
+        self.ledger = Ledger(started)
+        self.compiled_file = compiled_file
+        self.compiled: dict[int, StepFunction] = {}  # by phase
         self.is_primary = jax.process_index() == 0
-        self.profiling = False
+        self.profiling, self.reports = False, 0
         self.console = Console(config.train.steps, is_primary=self.is_primary)
         self.checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint)
         self._check_same_run()
         self.source = config.data.build_source(index_directory(workdir))
-        restored = self.checkpointer.restore(program.setup.abstract)
+        with self.ledger.spend("restore"):
+            restored = self.checkpointer.restore(program.setup.abstract)
         meta: Mapping[str, Any] = {} if restored is None else restored[1]
         if restored is not None:
             check_same_run(meta["config"], config, workdir)
@@ -100,7 +122,7 @@ class _Run:
             config.data,
         )
         self.writer = MetricWriter(workdir, is_primary=self.is_primary)
-        self.writer.truncate_after(self.step)
+        self.ledger.carry_over(self.writer.truncate_after(self.step), self.step)
         self.clock = Clock()
         # Opened now and not when they are first due: a wrong path must not cost the steps until then.
         self.evaluators = build_evaluators(
@@ -143,16 +165,20 @@ class _Run:
         """All steps that are left."""
         total = self.config.train.steps
         pending: tuple[int, Any] | None = None
+        if self.step < total:
+            self._record_goodput()
+            self.ledger.turn_to("step")
         while self.step < total:
             if stop.now(self.step):
                 self._log(pending)
                 return self._leave_early()
+            step = self._step()
             self.clock.begin()
-            with self.clock.phase("data"):
+            with self._phase("data", unless=functools.partial(_at_work, pending)):
                 batch: Batch = next(self.loader)
             self._profile()
             with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
-                self.state, metrics = self.program.step_at(self.step)(self.state, batch)
+                self.state, metrics = step(self.state, batch)
             self.step += 1
             # The metrics of the step before are read only now: the device never waits for the host.
             self._log(pending)
@@ -164,6 +190,15 @@ class _Run:
                 self._pause(evaluate_now, save_now)
         return self._finish()
 
+    def _step(self) -> StepFunction:
+        """The compiled step that is next; compiled when its phase begins."""
+        phase = self.program.phase_at(self.step)
+        if phase not in self.compiled:
+            with self._phase("compile"):
+                self.compiled[phase] = compile_step(self.program, phase, self.compiled_file, self.console.message)
+            self._record_goodput()
+        return self.compiled[phase]
+
     def _pause(self, evaluate_now: bool, save_now: bool) -> None:
         """Evaluation and checkpoint between two steps; neither counts as time of a step.
 
@@ -172,12 +207,22 @@ class _Run:
         if self.step == self.config.train.steps:
             return
         if evaluate_now:
-            with self.clock.phase("evaluation"):
+            with self._phase("evaluation"):
                 self._evaluate()
-        with self.clock.phase("save"):
+        with self._phase("save"):
             if save_now:
                 self._save()
             self.checkpointer.check_error()
+            self._record_goodput()
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """A phase for the rates of the log and for the ledger of the whole run."""
+        with self.clock.phase(name), self.ledger.spend(name, unless):
+            yield
+
+    def _record_goodput(self) -> None:
+        self.writer.scalars(self.step, self.ledger.record())
 
     def _eval_due(self, step: int) -> bool:
         intervals = [entry.every or self.config.train.eval_every for entry in self.config.evals]
@@ -202,7 +247,7 @@ class _Run:
             )
         if values["nonfinite_in_a_row"]:
             self.console.message(f"step {step - 1}: loss or gradients are not finite; the step changed nothing")
-        self.clock.step_done(was_ready)
+        self.clock.step_done(was_ready, self.flops[self.program.phase_at(step - 1)] or 0.0)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             self._report(step, values)
 
@@ -211,15 +256,21 @@ class _Run:
         if timing:
             seconds, batch_size = timing["seconds_per_step"], self.config.data.batch_size
             timing["examples_per_second"] = batch_size / seconds
-            flops = self.config.objective.train_flops() * batch_size
+            flops = timing.pop("flops_per_step")
             used = mfu(flops, seconds, jax.device_count(), peak_flops(jax.devices()[0]))
-            timing |= {} if used is None else {"mfu": used}
+            timing |= {} if used is None or not flops else {"mfu": used}
         values["bad_records"] = float(self.loader.bad_records)
         self.writer.scalars(step, values | {f"time/{name}": value for name, value in timing.items()})
         self.console.update(step, values | timing)
+        self.reports += 1
+        if jax.process_count() > 1 and self.reports % _LOGS_BETWEEN_LOOKS == 0:
+            seconds, interval = self.ledger.own_parts()
+            for sentence in slow_processes(multihost_utils.process_allgather(seconds), interval):
+                self.console.message(sentence)
 
-    def _save(self) -> None:
-        self.checkpointer.save(
+    def _save(self) -> bool:
+        """Whether there was anything to save."""
+        return self.checkpointer.save(
             self.step,
             self.state,
             data_position=self.loader.position,
@@ -231,20 +282,35 @@ class _Run:
 
     def _leave_early(self) -> int:
         self.console.message(f"stopped by a signal after step {self.step}; saving")
-        if self.step:
-            self._save()
-        self.checkpointer.wait()
+        with self._phase("save"):
+            if self.step:
+                self._save()
+            self.checkpointer.wait()
         self.console.message("saved; the same command goes on from here")
+        self._sum_up()
         return EXIT_PREEMPTED
 
     def _finish(self) -> int:
         """The last checkpoint, then the last evaluation: a crash in it loses no training."""
-        self._save()
-        self.checkpointer.wait()
-        if self.evaluators and not self._evaluated():
-            self._evaluate()
+        with self._phase("save"):
+            saved = self._save()
+            self.checkpointer.wait()
+        evaluate_now = bool(self.evaluators) and not self._evaluated()
+        if evaluate_now:
+            with self._phase("evaluation"):
+                self._evaluate()
         self.console.message(f"done: {self.step} steps; {self.loader.bad_records} unusable records replaced")
+        if saved or evaluate_now:
+            self._sum_up()
         return 0
+
+    def _sum_up(self) -> None:
+        """Where the time of all starts so far went: the last record, `goodput.json` and a line."""
+        self._record_goodput()
+        summary = self.ledger.summary()
+        if self.is_primary:
+            write_json(os.path.join(self.workdir, "goodput.json"), {"step": self.step, **summary})
+        self.console.message(render(summary))
 
     def _evaluated(self) -> bool:
         """Whether the last evaluation stands in eval.json: the command of a finished run was given again.
@@ -296,3 +362,8 @@ class _Run:
             for part in (self.checkpointer, self.console, self.writer, self.loader):
                 stack.callback(part.close)
             stack.callback(self._stop_profile)
+
+
+def _at_work(pending: tuple[int, Any] | None) -> bool:
+    """Whether the chips still do the step before, so that they wait for no data yet."""
+    return pending is not None and not pending[1]["loss"][0].is_ready()

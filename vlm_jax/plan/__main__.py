@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from vlm_jax import platforms
 from vlm_jax.main import EXIT_CONFIG, split_overrides
 from vlm_jax.plan.topologies import describe_topologies, parse_topology, require_libtpu, set_environment
 from vlm_jax.schema import ConfigError
@@ -25,6 +26,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--slices", type=int, default=1, help="slices of that shape, joined by the data-centre network")
     parser.add_argument("--json", metavar="FILE", help="write the plan (or the search's plans) there")
     parser.add_argument("--hlo", metavar="FILE", help="write the compiled program's text there")
+    parser.add_argument(
+        "--compiled", metavar="FILE", help="without --topology: compile for this machine's devices, for vlm_jax.main"
+    )
     parser.add_argument("--shardings", action="store_true", help="list every array with its partition")
     parser.add_argument("--search", action="store_true", help="try meshes, remat, microbatches, optimiser dtypes")
     parser.add_argument("--compiles", type=int, default=12, help="for --search: programs to compile at most")
@@ -39,6 +43,8 @@ def run(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     if flags.topology == "list":
         print(describe_topologies())
         return 0
+    if flags.compiled:
+        return _compile_here(flags, overrides)
     if not flags.table and (flags.config is None or flags.topology is None):
         missing = "--config" if flags.config is None else "--topology"
         raise ConfigError(
@@ -71,12 +77,34 @@ def run(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
+def _compile_here(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """Writes the compiled steps of a config for the devices of this machine."""
+    if flags.config is None or flags.topology is not None:
+        raise ConfigError(
+            "--compiled compiles for the devices of this machine: give --config and no --topology; a step for chips "
+            "that are elsewhere is compiled there"
+        )
+    from vlm_jax import compiled, distributed
+    from vlm_jax.assemble import build_program
+    from vlm_jax.config import load_config
+
+    distributed.start("off")
+    compiled.save(flags.compiled, build_program(load_config(flags.config, overrides)))
+    print(f"wrote {flags.compiled}; run it with python -m vlm_jax.main --compiled={flags.compiled} and the same flags")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The program; errors that a user can mend are one sentence, without a traceback."""
     flags, overrides = parse(sys.argv[1:] if arguments is None else arguments)
-    set_environment()  # before anything below loads JAX
+    # before anything below loads JAX
+    if flags.compiled:
+        platforms.pass_over_missing_tpu()
+    else:
+        set_environment()
     from jax.errors import JaxRuntimeError
 
+    from vlm_jax.metrics import WorkdirError
     from vlm_jax.plan.hlo import HloError
 
     try:
@@ -84,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
+    except WorkdirError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except HloError as error:
         print(f"error: the compiled program can't be accounted for: {error}", file=sys.stderr)
         return 1

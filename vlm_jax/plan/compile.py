@@ -15,10 +15,10 @@ from jax.extend import core as jax_core
 
 from vlm_jax.assemble import Program, build_program
 from vlm_jax.config import Config
-from vlm_jax.flops import count_dot_flops, peak_flops
-from vlm_jax.mesh import batch_sharding, make_mesh
+from vlm_jax.flops import peak_flops
+from vlm_jax.mesh import make_mesh
+from vlm_jax.model_flops import counted_flops, step_flops
 from vlm_jax.objectives.base import ObjectiveConfig
-from vlm_jax.parts import merge
 from vlm_jax.plan import memory
 from vlm_jax.plan.checks import check_axes, config_on
 from vlm_jax.plan.collectives import DCN, Collective, find_collectives
@@ -27,7 +27,6 @@ from vlm_jax.plan.hlo_cost import executions, flops, passes, total_flops
 from vlm_jax.plan.roofline import Roofline
 from vlm_jax.plan.topologies import Topology, abstract_devices
 from vlm_jax.plan.traffic import hbm_traffic
-from vlm_jax.schema import leaves, override
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +89,14 @@ class Traced:
 
     Attributes:
         traced: `jax.stages.Traced` of the step.
+        phase: its index.
         first_step: of the run.
         objective: the phase's method.
         batch: shapes and shardings of the global batch.
     """
 
     traced: Any
+    phase: int
     first_step: int
     objective: ObjectiveConfig
     batch: Mapping[str, jax.ShapeDtypeStruct]
@@ -114,17 +115,10 @@ def program_on(config: Config, topology: Topology) -> Program:
 
 def trace_steps(program: Program) -> list[Traced]:
     """The step of each phase, traced; raises `ConfigError` when a mesh axis splits nothing."""
-    config, sharding = program.config, batch_sharding(program.mesh)
-    phases = config.objective.phases(config.train.steps)
     traces = []
-    for (first, step), (_, objective) in zip(program.steps, phases, strict=True):
-        batch = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for name, leaf in objective.batch_shapes(config.data.batch_size).items()
-        }
-        with jax.set_mesh(program.mesh):
-            traced: Any = step.trace(program.setup.abstract, batch)  # pyright: ignore[reportFunctionMemberAccess]
-        traces.append(Traced(traced, first, objective, batch))
+    for phase, (first, _) in enumerate(program.steps):
+        traced, objective = program.trace(phase), program.methods[phase]
+        traces.append(Traced(traced, phase, first, objective, program.batch_shapes(phase)))
         check_axes(program, traces[-1].jaxpr)
     return traces
 
@@ -152,7 +146,7 @@ def compile_phase(
         JaxRuntimeError: the compiler failed for another reason than memory.
     """
     config = program.config
-    counted, uncounted = _counted_flops(program, traced.objective) if count else (None, "not asked for")
+    counted, uncounted = counted_flops(program, traced.phase) if count else (None, "not asked for")
     started, cpu_started, measured, refused = time.monotonic(), time.process_time(), None, None
     try:
         with jax.set_mesh(program.mesh):
@@ -168,7 +162,8 @@ def compile_phase(
         measured = measure(compiled, topology)
     return Phase(
         first_step=traced.first_step,
-        model_flops=traced.objective.train_flops() * config.data.batch_size,
+        # a method with frozen parts that can't be counted is taken to train them
+        model_flops=step_flops(program, traced.phase) or traced.objective.train_flops() * config.data.batch_size,
         counted_flops=counted,
         uncounted=uncounted,
         compile_seconds=seconds,
@@ -205,33 +200,3 @@ def measure(compiled: Any, topology: Topology) -> Measured:
         roofline,
         memory.largest_arrays(found),
     )
-
-
-def _counted_flops(program: Program, objective: ObjectiveConfig) -> tuple[int | None, str]:
-    """(FLOPs of loss and gradients on the global batch, counted; why they can't be)."""
-    config = program.config
-    # Recomputation is no model FLOP, and what a fused kernel multiplies is invisible in a jaxpr.
-    plain = {".remat": "none", ".attention_impl": "xla"}
-    changes = {
-        key.removeprefix("config."): value
-        for key, _ in leaves(objective)
-        for suffix, value in plain.items()
-        if key.endswith(suffix)
-    }
-    built = override(objective, changes).build(config.data.preprocess, config.compute_dtype("tpu"))
-    state, batch = program.setup.abstract, objective.batch_shapes(config.data.batch_size)
-    live, frozen = program.setup.parts.split(_without_shardings(state.params))
-    extra, step = _without_shardings(state.extra), jax.ShapeDtypeStruct((), state.step.dtype)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.data.batch_size))
-
-    def loss(live: Any, extra: Any, batch: Any, keys: Any, step: Any, frozen: Any) -> Any:
-        return built.loss(merge(live, frozen), extra, batch, keys, step)[0][0]
-
-    try:
-        return count_dot_flops(jax.grad(loss), live, extra, batch, keys, step, frozen), ""
-    except ValueError as error:
-        return None, str(error)
-
-
-def _without_shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
