@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from vlm_jax.config import Config
@@ -69,10 +70,18 @@ def train_steps(
         batch: `image` uint8 [B, H, W, 3] and `text` int32 [B, L].
         bfloat16: autocast, as those libraries' mixed precision.
         compiled: through torch.compile.
+
+    Raises:
+        ConfigError: JAX has a GPU and torch has none, or the other way round.
     """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (device == "cuda") != (jax.default_backend() == "gpu"):
+        raise ConfigError(
+            f"torch would run on {device} and JAX on {jax.default_backend()}; install the builds of both for one "
+            "device, or give --peer=none"
+        )
     model = model.to(device).train()
     forward: Any = torch.compile(model) if compiled else model
     mean, std = (
@@ -99,6 +108,13 @@ def train_steps(
             torch.cuda.synchronize()
 
     return run
+
+
+def peak_bytes() -> int | None:
+    """The most that torch held of its GPU's memory; None without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def _softmax(logits: Any, model: Any) -> Any:
