@@ -25,6 +25,13 @@ def patchify(images_BxHxWxC: jax.Array, patch_size: int) -> jax.Array:
     return split.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
 
 
+def unpatchify(patches_BxNxP: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
+    """The inverse of `patchify`: [B, N, p p C] -> [B, rows p, columns p, C] for a grid of (rows, columns)."""
+    batch, (rows, columns) = patches_BxNxP.shape[0], grid
+    split = patches_BxNxP.reshape(batch, rows, columns, patch_size, patch_size, -1)
+    return split.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * patch_size, columns * patch_size, -1)
+
+
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its size, as one matrix product over the patches.
 

@@ -126,6 +126,21 @@ class ModelObjective(Objective):
         """
         raise TypeError(f"{type(self).__name__} has no image tokens")
 
+    def reconstruct(self, params: Any, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+        """What the method makes of the pixels that it hides, as pictures.
+
+        Args:
+            params: of the model.
+            images: uint8 or normalised float [B, H, W, 3].
+            keys: [B] typed keys, one a row: they choose what is hidden, as in training.
+
+        Returns:
+            uint8 [B, H, W, 3] by name: "masked", the image with what is hidden in grey, and "prediction", the image
+            with the prediction in the hidden places. A prediction of normalised patches is scaled back by the mean
+            and the deviation of the true patch.
+        """
+        raise TypeError(f"{type(self).__name__} predicts no pixels")
+
     def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] and int32 texts [P, L] -> fp32 [B, P]; the higher, the better they match."""
         raise TypeError(f"{type(self).__name__} compares images and texts by their features")
@@ -137,3 +152,12 @@ def normalise_images(images: jax.Array, preprocess: PreprocessConfig) -> jax.Arr
         return images
     mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (preprocess.mean, preprocess.std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def denormalise_images(images: jax.Array, preprocess: PreprocessConfig) -> jax.Array:
+    """The inverse of `normalise_images`: float [B, H, W, 3] -> uint8, rounded, and cut to 0..255; uint8 is kept."""
+    if jnp.issubdtype(images.dtype, jnp.integer):
+        return images
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (preprocess.mean, preprocess.std))
+    pixels = (images.astype(jnp.float32) * std + mean) * 255.0
+    return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
