@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax.interop.layouts import Shape
 from vlm_jax.interop.tables import (
@@ -16,11 +17,17 @@ from vlm_jax.interop.tables import (
     shape_of,
     without_wrappers,
 )
+from vlm_jax.models.coca import CoCaModelConfig
 from vlm_jax.models.mlp import ACTIVATIONS
 from vlm_jax.models.two_tower import TwoTowerConfig
+from vlm_jax.objectives.base import ObjectiveConfig
+from vlm_jax.objectives.clip import ClipConfig
+from vlm_jax.objectives.coca import CoCaConfig
+from vlm_jax.objectives.siglip import SiglipConfig
 
-Library = Literal["hf", "open_clip", "big_vision"]
-LIBRARIES: tuple[Library, ...] = ("hf", "open_clip", "big_vision")
+# "original": the code that the authors of a method published.
+Library = Literal["hf", "open_clip", "big_vision", "original"]
+LIBRARIES: tuple[Library, ...] = ("hf", "open_clip", "big_vision", "original")
 
 
 class Format:
@@ -29,10 +36,12 @@ class Format:
     Attributes:
         library: whose format it is.
         title: in messages, "open_clip's ResNet CLIP".
+        preprocess: name in `preprocess.KNOWN` of what all models of the format share; "" where files must tell it.
     """
 
     library: Library
     title: str
+    preprocess: str = ""
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
         """The tensors under the names of `rows`: prefixes of wrappers removed, constants dropped."""
@@ -59,6 +68,10 @@ class Format:
         """
         raise TypeError(f"{type(self).__name__} defines no read_config")
 
+    def objective(self, model: Any) -> ObjectiveConfig:
+        """The method whose parameters are just what the weights hold, around the config of `read_config`."""
+        raise TypeError(f"{type(self).__name__} defines no objective")
+
     def claims(self, config: Any) -> bool:
         """Whether a model of ours with this config would be exported in this format."""
         raise TypeError(f"{type(self).__name__} defines no claims")
@@ -71,6 +84,10 @@ class Format:
         """Tensors under the names of `rows` as the library expects them in a file."""
         return tensors
 
+    def constants(self, config: Any) -> dict[str, np.ndarray]:
+        """What a file holds that is no parameter of ours (fixed positions, indices), under canonical names."""
+        return {}
+
     def rows(self, config: Any) -> Sequence[Row]:
         """A row for each leaf of a model with this config."""
         raise TypeError(f"{type(self).__name__} defines no rows")
@@ -82,6 +99,12 @@ class Format:
 
 class TwoTowerFormat(Format):
     """A format of dual encoders."""
+
+    def objective(self, model: TwoTowerConfig) -> ObjectiveConfig:
+        """See the base."""
+        if isinstance(model, CoCaModelConfig):
+            return CoCaConfig(model=model)
+        return ClipConfig(model=model) if model.logit_bias_init is None else SiglipConfig(model=model)
 
     def shapes(self, config: TwoTowerConfig) -> dict[str, Shape]:
         """See the base."""

@@ -108,6 +108,11 @@ def parameter_shapes(module: Any, *inputs: jax.ShapeDtypeStruct) -> dict[str, Sh
     return {path: leaf.shape for path, leaf in leaves.items()}
 
 
+def module_shapes(module: Any, *inputs: Shape) -> dict[str, Shape]:
+    """As `parameter_shapes`, of a module that is called with fp32 arrays of these shapes."""
+    return parameter_shapes(module, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs))
+
+
 def to_params(
     tensors: Tensors, rows: Sequence[Row], shapes: Mapping[str, Shape], what: str, *, allow_unexpected: bool = False
 ) -> Any:
@@ -165,6 +170,27 @@ def from_params(params: Any, rows: Sequence[Row], what: str) -> dict[str, np.nda
     return {name: np.asarray(np.concatenate(x) if x[1:] else x[0], order="C") for name, x in joined.items()}
 
 
+def without_constants(tensors: Tensors, constants: Tensors, what: str) -> dict[str, np.ndarray]:
+    """The tensors that are parameters here.
+
+    Args:
+        tensors: name -> array.
+        constants: what a file holds beside the parameters and our model computes; it may be missing in the file.
+        what: title of the format, for messages.
+
+    Raises:
+        ConversionError: a constant has another value than our model computes.
+    """
+    for name, expected in constants.items():
+        found = tensors.get(name, expected)
+        if found.shape != expected.shape or not np.allclose(found.astype(np.float32), expected, atol=1e-5):
+            raise ConversionError(
+                f"{name} of these weights is not the constant that {what} of this config has, so they were trained "
+                "otherwise; they can't be imported"
+            )
+    return {name: value for name, value in tensors.items() if name not in constants}
+
+
 def _base(name: str) -> str:
     return name.partition("#")[0]
 
@@ -216,6 +242,7 @@ __all__ = [
     "from_heads",
     "from_params",
     "fused_attention",
+    "module_shapes",
     "norm",
     "parameter_shapes",
     "shape_of",
@@ -223,5 +250,6 @@ __all__ = [
     "to_heads",
     "to_params",
     "within",
+    "without_constants",
     "without_wrappers",
 ]

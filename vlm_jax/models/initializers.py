@@ -116,12 +116,16 @@ def siglip(width: int, depth: int, mlp_dim: int) -> Initializers:
 
 
 def mae(width: int, depth: int, mlp_dim: int) -> Initializers:
-    """He et al. 2022, appendix A.1: Xavier everywhere, the patch projection as a matrix, tokens of spread 0.02."""
+    """He et al. 2022, appendix A.1: Xavier everywhere, the patch projection as a matrix, tokens of spread 0.02.
+
+    The published code leaves one bias as PyTorch makes it, that of the patch projection.
+    """
     return siglip(width, depth, mlp_dim)._replace(
         qkv_kernel=xavier_uniform(width, 3 * width),  # fused there as well
         fc1_bias=zeros,
         fc2_bias=zeros,
         patch_kernel=lambda fan_in: xavier_uniform(fan_in, width),
+        patch_bias=torch_linear,
         class_token=normal(0.02),
         mask_token=normal(0.02),
         position=normal(0.02),

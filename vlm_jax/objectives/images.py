@@ -18,7 +18,9 @@ from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.models.image_tower import ImageTowerConfig
-from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig, normalise_images
+from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig, denormalise_images, normalise_images
+
+GREY = 128  # of what is hidden, in pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,4 +112,30 @@ def unit_length(vectors_BxD: jax.Array) -> jax.Array:
     return vectors_BxD * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
-__all__ = ["ImageObjective", "ImagesConfig", "unit_length"]
+def pictures(
+    images_BxHxWxC: jax.Array,
+    prediction_BxHxWxC: jax.Array,
+    hidden_BxN: jax.Array,
+    grid: tuple[int, int],
+    preprocess: PreprocessConfig,
+) -> dict[str, jax.Array]:
+    """What `ModelObjective.reconstruct` returns.
+
+    Args:
+        images_BxHxWxC: normalised images.
+        prediction_BxHxWxC: the prediction in the same values; what it holds in places that are not hidden is ignored.
+        hidden_BxN: bool, the cells that are hidden, in raster order.
+        grid: (rows, columns) of the cells.
+        preprocess: the normalisation.
+    """
+    batch, height, width, _ = images_BxHxWxC.shape
+    hidden = hidden_BxN.reshape(batch, *grid).repeat(height // grid[0], axis=1).repeat(width // grid[1], axis=2)
+    truth, prediction = (denormalise_images(x, preprocess) for x in (images_BxHxWxC, prediction_BxHxWxC))
+    hidden = jnp.broadcast_to(hidden[:, :, :, None], truth.shape)
+    return {
+        "masked": jnp.where(hidden, jnp.uint8(GREY), truth),
+        "prediction": jnp.where(hidden, prediction, truth),
+    }
+
+
+__all__ = ["GREY", "ImageObjective", "ImagesConfig", "pictures", "unit_length"]
