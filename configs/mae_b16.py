@@ -1,8 +1,8 @@
 """MAE ViT-B/16 on ImageNet-1k for 800 epochs (He et al. 2022, appendix A.1 and table 8).
 
 Needs images alone: --config.data.path=IMAGENET/train (a folder per class), or tar shards, a table, ...
-Published: AdamW with betas 0.9 and 0.95, decay 0.05 on everything but biases and norms, learning rate 1.5e-4 for every
-256 images of the batch of 4096, warm-up of 40 epochs, crops of 20 to 100 % and flips, nothing clipped; three quarters of
+Published: AdamW with betas 0.9 and 0.95, decay 0.05 on all but biases and norms, learning rate 1.5e-4 for every 256
+images of the batch of 4096, warm-up of 40 epochs, crops of 20 to 100 % and flips, nothing clipped; three quarters of
 the patches removed, and normalised pixels predicted. After 1600 epochs, ImageNet top-1 83.6 % fine-tuned and 68.0 % by
 a linear probe.
 """

@@ -1,9 +1,10 @@
 """Command line of import and export: flags, errors as sentences, exit codes. The work is done in `commands`.
 
-python -m vlm_jax.interop import --from=FILE_OR_DIR --to=DIR [--family=hf|open_clip|big_vision]
-                                 [--activation=quick_gelu] [--tokenizer=FILE|none] [--preprocess=clip|siglip]
-                                 [--allow_unexpected]
-python -m vlm_jax.interop export --from=CHECKPOINT --to=DIR --family=hf|open_clip|big_vision [--dtype=float16]
+python -m vlm_jax.interop import --from=FILE_OR_DIR --to=DIR [--family=hf|open_clip|big_vision|original]
+                                 [--activation=quick_gelu] [--tokenizer=FILE|none]
+                                 [--preprocess=clip|siglip|imagenet] [--allow_unexpected]
+python -m vlm_jax.interop export --from=CHECKPOINT --to=DIR --family=hf|open_clip|big_vision|original
+                                 [--dtype=float16]
 """
 
 import argparse

@@ -30,7 +30,7 @@ def _norm(ours: str, theirs: str) -> list[Row]:
 class BigVisionSiglip(TwoTowerFormat):
     """Both towers of big_vision's `two_towers` with the head of SigLIP."""
 
-    library, title = "big_vision", "a big_vision SigLIP"
+    library, title, preprocess = "big_vision", "a big_vision SigLIP", "siglip"
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
         """See the base; what stands beside the parameters in a training checkpoint is dropped."""

@@ -16,28 +16,23 @@ from vlm_jax.config import Config, TrainConfig, to_json
 from vlm_jax.data.bpe import MAX_MERGES, ClipBpe
 from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
-from vlm_jax.data.text import ClipBpeConfig, Tokenizer, TokenizerConfig
+from vlm_jax.data.text import ClipBpeConfig, Tokenizer
 from vlm_jax.interop import files
 from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.preprocess import KNOWN, export_preprocess, import_preprocess
-from vlm_jax.interop.registry import for_export, recognise
-from vlm_jax.interop.tables import ConversionError, from_params, to_params
+from vlm_jax.interop.registry import FORMATS, for_export, recognise
+from vlm_jax.interop.tables import ConversionError, from_params, to_params, without_constants
 from vlm_jax.interop.tokenizer_export import export_tokenizer
 from vlm_jax.interop.tokenizer_import import import_tokenizer
 from vlm_jax.loading import Model, load
-from vlm_jax.models.coca import CoCaModelConfig
-from vlm_jax.models.two_tower import TwoTowerConfig
 from vlm_jax.objectives.base import ObjectiveConfig
-from vlm_jax.objectives.clip import ClipConfig
-from vlm_jax.objectives.coca import CoCaConfig
-from vlm_jax.objectives.dual_encoder import DualEncoderConfig
-from vlm_jax.objectives.siglip import SiglipConfig
 from vlm_jax.optim import AdamW
 
 WEIGHT_FILES: dict[Library, str] = {
     "hf": "model.safetensors",
     "open_clip": "open_clip_model.safetensors",
     "big_vision": "model.npz",
+    "original": "model.safetensors",
 }
 
 
@@ -77,12 +72,18 @@ def import_weights(
         activation, preprocess = activation or "quick_gelu", preprocess or "clip"
     model = found.read_config(tensors, model_settings, activation)
     schema.validate(model)
+    tensors = without_constants(tensors, found.constants(model), found.title)
     params = to_params(tensors, found.rows(model), found.shapes(model), found.title, allow_unexpected=allow_unexpected)
-    view = _preprocess(found, preprocess, preprocess_settings, model)
-    built, note = import_tokenizer(weights.folder, tokenizer, model.text)
-    config = _config(model, view, built.config if built else ClipBpeConfig(length=model.text.length))
+    objective = found.objective(model)
+    view = _preprocess(found, preprocess, preprocess_settings, objective.image_size)
+    built, note, detail = None, "no tokenizer is stored: the model reads no text", objective.kind()
+    config = _config(objective, DataConfig(preprocess=view))
+    if objective.reads_text:
+        built, note = import_tokenizer(weights.folder, tokenizer, model.text)
+        settings = built.config if built else ClipBpeConfig(length=model.text.length)
+        config, detail = _config(objective, DataConfig(preprocess=view, tokenizer=settings)), model.text.activation
     if built is not None:
-        config.objective.check_tokenizer(built)
+        objective.check_tokenizer(built)
     save_params(
         target,
         params,
@@ -92,7 +93,7 @@ def import_weights(
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return (
-        f"imported {count:,} parameters of {found.title} ({model.text.activation}) into {target}; images: "
+        f"imported {count:,} parameters of {found.title} ({detail}) into {target}; images: "
         f"{view.resize}, mean {view.mean}, std {view.std}; {note}"
     )
 
@@ -109,16 +110,14 @@ def _settings(found: Mapping[str, Any], library: Library) -> tuple[Any, Any]:
     return None, None
 
 
-def _preprocess(
-    found: Format, name: str, settings: Mapping[str, Any] | None, model: TwoTowerConfig
-) -> PreprocessConfig:
+def _preprocess(found: Format, name: str, settings: Mapping[str, Any] | None, side: int) -> PreprocessConfig:
     """What the flag names, else what the files say, else what all models of a format share."""
     if name:
         return KNOWN[name]
     if settings:
-        return import_preprocess(settings, found.library, model.image.image_shape)
-    if found.library == "big_vision":
-        return KNOWN["siglip"]
+        return import_preprocess(settings, found.library, (side, side))
+    if found.preprocess:
+        return KNOWN[found.preprocess]
     raise ConversionError(
         "no file beside the weights says how images are prepared, and a wrong preprocessing costs accuracy without a "
         f"word; pass --preprocess={'|'.join(KNOWN)} ({KNOWN['clip'].resize} and CLIP's mean and deviation, or "
@@ -126,25 +125,12 @@ def _preprocess(
     )
 
 
-def _config(model: TwoTowerConfig, preprocess: PreprocessConfig, tokenizer: TokenizerConfig) -> Config:
+def _config(objective: ObjectiveConfig, data: DataConfig) -> Config:
     """A config whose objective and data describe the model; the rest is at its defaults, for nothing was trained."""
-    objective = _objective(model)
-    config = Config(
-        name=f"imported_{objective.kind()}",
-        objective=objective,
-        data=DataConfig(preprocess=preprocess, tokenizer=tokenizer),
-        optimizer=AdamW(),
-        train=TrainConfig(),
-    )
+    name = f"imported_{objective.kind()}"
+    config = Config(name=name, objective=objective, data=data, optimizer=AdamW(), train=TrainConfig())
     schema.validate(config)
     return config
-
-
-def _objective(model: TwoTowerConfig) -> ObjectiveConfig:
-    """The method whose loss has just what the weights hold."""
-    if isinstance(model, CoCaModelConfig):
-        return CoCaConfig(model=model)
-    return ClipConfig(model=model) if model.logit_bias_init is None else SiglipConfig(model=model)
 
 
 def export_weights(source: Path, target: Path, *, family: Library, dtype: str = "float32") -> str:
@@ -165,15 +151,18 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
         WeightsError: a file can't be written.
     """
     model = load(source)
-    if not isinstance(model.config.objective, DualEncoderConfig):
-        raise ConversionError(f"{source} holds a {model.config.objective.kind()} model, which no library here has")
-    config = model.config.objective.model
+    objective = model.config.objective
+    config = vars(objective).get("model")
+    if not any(known.claims(config) for known in FORMATS):
+        raise ConversionError(f"{source} holds a {objective.kind()} model, which no library here has")
     found = for_export(config, family)
     settings = found.write_config(config)
     view = {}
-    if family != "big_vision":
-        view = export_preprocess(model.config.data.preprocess, config.image.image_shape, family)
-    tensors = found.published(from_params(jax.tree.map(np.asarray, model.params), found.rows(config), found.title))
+    if family in ("hf", "open_clip"):
+        view = export_preprocess(model.config.data.preprocess, (objective.image_size,) * 2, family)
+    params = jax.tree.map(np.asarray, model.params)
+    tensors = from_params(params, found.rows(config), found.title) | found.constants(config)
+    tensors = found.published(tensors)
     files.make_directory(target)
     files.write_weights(target / WEIGHT_FILES[family], tensors, dtype)
     note = _write_tokenizer(model, target, family, settings)
@@ -187,7 +176,7 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
 
 def _write_tokenizer(model: Model, target: Path, family: Library, settings: dict[str, Any]) -> str:
     """Writes the tokenizer's files where the library reads them; open_clip's settings then point to them."""
-    if family == "big_vision" or model.tokenizer is None:
+    if family in ("big_vision", "original") or model.tokenizer is None:
         return "none is written" if model.tokenizer else "the checkpoint has none"
     if family == "open_clip" and _is_clips(model.tokenizer):
         return "open_clip's own"

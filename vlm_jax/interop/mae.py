@@ -1,4 +1,4 @@
-"""MAE as its authors store it: encoder and decoder (`*_full.pth`, their training checkpoints), without a config file."""
+"""MAE as its authors store it: encoder and decoder (`*_full.pth`, training checkpoints), without a config file."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax import schema
-from vlm_jax.data.images import PreprocessConfig
+from vlm_jax.data.images import IMAGENET_MEAN, IMAGENET_STD, PreprocessConfig
 from vlm_jax.interop.formats import Library, check_supported
 from vlm_jax.interop.tables import ConversionError
 
@@ -14,6 +14,7 @@ _HALF = (0.5, 0.5, 0.5)
 KNOWN: dict[str, PreprocessConfig] = {
     "clip": PreprocessConfig(),
     "siglip": PreprocessConfig(resize="squash", mean=_HALF, std=_HALF),
+    "imagenet": PreprocessConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
 }
 _HF_COMPUTED = {"do_resize": True, "do_rescale": True, "do_normalize": True}
 

@@ -6,6 +6,8 @@ from vlm_jax.interop.big_vision import BigVisionSiglip
 from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.hf_clip import HfClip
 from vlm_jax.interop.hf_siglip import HfSiglip
+from vlm_jax.interop.hf_vit_mae import HfViTMae
+from vlm_jax.interop.mae import Mae
 from vlm_jax.interop.open_clip_coca import OpenClipCoCa
 from vlm_jax.interop.open_clip_resnet import OpenClipResNet
 from vlm_jax.interop.open_clip_timm import OpenClipTimmSiglip
@@ -21,6 +23,8 @@ FORMATS: tuple[Format, ...] = (
     OpenClipResNet(),
     OpenClipViT(),
     BigVisionSiglip(),
+    HfViTMae(),
+    Mae(),
 )
 
 
