@@ -21,6 +21,7 @@ from vlm_jax.interop.tables import ConversionError, from_params
 from vlm_jax.models.masked_autoencoder import MaskedAutoencoderConfig, PixelDecoderConfig, mae_encoder
 from vlm_jax.models.position import sincos_2d
 from vlm_jax.objectives.mae import MaeConfig
+from vlm_jax.schema import ConfigError
 
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 
@@ -139,8 +140,24 @@ def test_the_authors_files_come_in_and_go_out_bit_for_bit(tmp_path: Path) -> Non
     assert model.encode_image(np.zeros((2, 16, 16, 3), np.uint8)).shape == (2, 64)
     with pytest.raises(ValueError, match="holds no tokenizer"):
         model.tokenize(["a photo"])
-    assert main(["export", f"--from={tmp_path / 'a'}", f"--to={tmp_path / 'b'}", "--family=original"]) == 0
+    assert main(["export", f"--from={tmp_path / 'a'}", f"--to={tmp_path / 'b'}", "--family=official"]) == 0
     assert_same(load_file(tmp_path / "b" / "model.safetensors"), tensors)
+
+
+def test_an_encoder_alone_gives_features_and_starts_a_run(tmp_path: Path, capsys: Any) -> None:
+    """Most released files hold no decoder. The features are those of the whole model's encoder."""
+    tensors = original_file(tmp_path / "mae.pth")
+    encoder = {name: x for name, x in tensors.items() if "decoder" not in name and name != "mask_token"}
+    save_file(encoder, tmp_path / "mae_pretrain.safetensors")
+    for name in ("mae.pth", "mae_pretrain.safetensors"):
+        assert main(["import", f"--from={tmp_path / name}", f"--to={tmp_path / Path(name).stem}"]) == 0
+    whole, alone = vlm_jax.load(tmp_path / "mae"), vlm_jax.load(tmp_path / "mae_pretrain")
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(alone.encode_image(images), whole.encode_image(images))
+    assert main(["export", f"--from={tmp_path / 'mae_pretrain'}", f"--to={tmp_path / 'b'}", "--family=official"]) == 0
+    assert_same(load_file(tmp_path / "b" / "model.safetensors"), encoder)
+    with pytest.raises(ConfigError, match="no loss to train by; give a method and start it from this checkpoint"):
+        alone.config.objective.make_example(None, alone.config.data)
 
 
 def test_positions_that_are_not_the_published_ones_are_refused(tmp_path: Path, capsys: Any) -> None:
@@ -158,7 +175,7 @@ def test_a_model_that_is_no_published_mae_does_not_go_out(tmp_path: Path, capsys
     with pytest.raises(ConversionError, match=r"image\.heads = 2 \(only \(1,\)\)"):
         MaeFormat().write_config(other)
     assert main(["export", f"--from={tmp_path / 'a'}", f"--to={tmp_path / 'b'}", "--family=open_clip"]) == 2
-    assert "open_clip has no such model; it can be exported with --family=hf|original" in capsys.readouterr().err
+    assert "open_clip has no such model; it can be exported with --family=hf|official" in capsys.readouterr().err
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -1,9 +1,9 @@
 """Command line of import and export: flags, errors as sentences, exit codes. The work is done in `commands`.
 
-python -m vlm_jax.interop import --from=FILE_OR_DIR --to=DIR [--family=hf|open_clip|big_vision|original]
+python -m vlm_jax.interop import --from=FILE_OR_DIR --to=DIR [--family=hf|open_clip|big_vision|official]
                                  [--activation=quick_gelu] [--tokenizer=FILE|none]
                                  [--preprocess=clip|siglip|imagenet] [--allow_unexpected]
-python -m vlm_jax.interop export --from=CHECKPOINT --to=DIR --family=hf|open_clip|big_vision|original
+python -m vlm_jax.interop export --from=CHECKPOINT --to=DIR --family=hf|open_clip|big_vision|official
                                  [--dtype=float16]
 """
 

@@ -3,6 +3,7 @@
 Command-line flags are `__main__`'s; tensors and names are the formats' (`registry` knows them).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from vlm_jax.interop.tokenizer_export import export_tokenizer
 from vlm_jax.interop.tokenizer_import import import_tokenizer
 from vlm_jax.loading import Model, load
 from vlm_jax.objectives.base import ObjectiveConfig
+from vlm_jax.objectives.images import ImagesConfig
 from vlm_jax.optim import AdamW
 
 WEIGHT_FILES: dict[Library, str] = {
     "hf": "model.safetensors",
     "open_clip": "open_clip_model.safetensors",
     "big_vision": "model.npz",
-    "original": "model.safetensors",
+    "official": "model.safetensors",
 }
 
 
@@ -76,12 +78,13 @@ def import_weights(
     params = to_params(tensors, found.rows(model), found.shapes(model), found.title, allow_unexpected=allow_unexpected)
     objective = found.objective(model)
     view = _preprocess(found, preprocess, preprocess_settings, objective.image_size)
-    built, note, detail = None, "no tokenizer is stored: the model reads no text", objective.kind()
-    config = _config(objective, DataConfig(preprocess=view))
+    data, built = DataConfig(preprocess=view), None
+    note, detail = "it reads no text", objective.kind()
     if objective.reads_text:
         built, note = import_tokenizer(weights.folder, tokenizer, model.text)
         settings = built.config if built else ClipBpeConfig(length=model.text.length)
-        config, detail = _config(objective, DataConfig(preprocess=view, tokenizer=settings)), model.text.activation
+        data, detail = dataclasses.replace(data, tokenizer=settings), model.text.activation
+    config = _config(objective, data)
     if built is not None:
         objective.check_tokenizer(built)
     save_params(
@@ -152,15 +155,13 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
     """
     model = load(source)
     objective = model.config.objective
-    config = vars(objective).get("model")
-    if not any(known.claims(config) for known in FORMATS):
-        raise ConversionError(f"{source} holds a {objective.kind()} model, which no library here has")
+    config, ours = _exported(objective, model.params, source)
     found = for_export(config, family)
     settings = found.write_config(config)
     view = {}
     if family in ("hf", "open_clip"):
         view = export_preprocess(model.config.data.preprocess, (objective.image_size,) * 2, family)
-    params = jax.tree.map(np.asarray, model.params)
+    params = jax.tree.map(np.asarray, ours)
     tensors = from_params(params, found.rows(config), found.title) | found.constants(config)
     tensors = found.published(tensors)
     files.make_directory(target)
@@ -174,9 +175,19 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
     return f"exported {len(tensors)} tensors as {found.title} to {target}; tokenizer: {note}"
 
 
+def _exported(objective: ObjectiveConfig, params: Any, source: Path) -> tuple[Any, Any]:
+    """(config, parameters) of what some library has: the whole model, or else its image tower."""
+    whole = vars(objective).get("model")
+    if any(known.claims(whole) for known in FORMATS):
+        return whole, params
+    if isinstance(objective, ImagesConfig) and any(known.claims(objective.image_tower) for known in FORMATS):
+        return objective.image_tower, {"image": params["image"]}
+    raise ConversionError(f"{source} holds a {objective.kind()} model, which no library here has")
+
+
 def _write_tokenizer(model: Model, target: Path, family: Library, settings: dict[str, Any]) -> str:
     """Writes the tokenizer's files where the library reads them; open_clip's settings then point to them."""
-    if family in ("big_vision", "original") or model.tokenizer is None:
+    if family in ("big_vision", "official") or model.tokenizer is None:
         return "none is written" if model.tokenizer else "the checkpoint has none"
     if family == "open_clip" and _is_clips(model.tokenizer):
         return "open_clip's own"

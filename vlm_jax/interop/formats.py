@@ -13,21 +13,24 @@ from vlm_jax.interop.tables import (
     Row,
     Tensors,
     count_layers,
+    module_shapes,
     parameter_shapes,
     shape_of,
     without_wrappers,
 )
 from vlm_jax.models.coca import CoCaModelConfig
+from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.models.mlp import ACTIVATIONS
 from vlm_jax.models.two_tower import TwoTowerConfig
 from vlm_jax.objectives.base import ObjectiveConfig
 from vlm_jax.objectives.clip import ClipConfig
 from vlm_jax.objectives.coca import CoCaConfig
+from vlm_jax.objectives.encoder import EncoderConfig, EncoderModelConfig, EncoderModule
 from vlm_jax.objectives.siglip import SiglipConfig
 
-# "original": the code that the authors of a method published.
-Library = Literal["hf", "open_clip", "big_vision", "original"]
-LIBRARIES: tuple[Library, ...] = ("hf", "open_clip", "big_vision", "original")
+# "official" are the authors' own files of a method whose code base is no library
+Library = Literal["hf", "open_clip", "big_vision", "official"]
+LIBRARIES: tuple[Library, ...] = ("hf", "open_clip", "big_vision", "official")
 
 
 class Format:
@@ -95,6 +98,18 @@ class Format:
     def shapes(self, config: Any) -> dict[str, Shape]:
         """Path -> shape of each leaf of a model with this config."""
         raise TypeError(f"{type(self).__name__} defines no shapes")
+
+
+class ImageTowerFormat(Format):
+    """A format of an image tower alone: its config is the tower's, and the parameters lie under `image/`."""
+
+    def objective(self, model: ImageTowerConfig) -> ObjectiveConfig:
+        """See the base."""
+        return EncoderConfig(model=EncoderModelConfig(model))
+
+    def shapes(self, config: ImageTowerConfig) -> dict[str, Shape]:
+        """See the base."""
+        return module_shapes(EncoderModule(config), (1, *config.image_shape, 3))
 
 
 class TwoTowerFormat(Format):
@@ -194,6 +209,7 @@ def check_supported(where: str, settings: Mapping[str, Any], computed: Mapping[s
 __all__ = [
     "LIBRARIES",
     "Format",
+    "ImageTowerFormat",
     "Library",
     "TwoTowerFormat",
     "block_sizes",

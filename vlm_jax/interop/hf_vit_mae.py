@@ -60,11 +60,11 @@ class HfViTMae(MaeFormat):
         """See the base."""
         return [
             *affine("image/patch_embed", f"{_EMBEDDINGS}patch_embeddings.projection", "conv"),
-            Row("image/class_token", f"{_EMBEDDINGS}cls_token", "token"),
+            Row("image/class_token", f"{_EMBEDDINGS}cls_token", "one_token"),
             *within(vit_block_rows(), "image/blocks/", _BLOCK),
             *norm("image/ln_post", "vit.layernorm"),
             *affine("decoder/embed", "decoder.decoder_embed"),
-            Row("decoder/mask_token", "decoder.mask_token", "token"),
+            Row("decoder/mask_token", "decoder.mask_token", "one_token"),
             *within(vit_block_rows(), "decoder/blocks/", _DECODER_BLOCK),
             *norm("decoder/ln_post", "decoder.decoder_norm"),
             *affine("decoder/head", "decoder.decoder_pred"),

@@ -1,12 +1,13 @@
 """MAE as its authors store it: encoder and decoder (`*_full.pth`, training checkpoints), without a config file."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vlm_jax.interop.formats import Format, block_sizes, check_expressible, square_side
+from vlm_jax.interop.formats import Format, ImageTowerFormat, block_sizes, check_expressible, square_side
 from vlm_jax.interop.layouts import Shape
 from vlm_jax.interop.tables import (
     Row,
@@ -30,6 +31,9 @@ from vlm_jax.objectives.mae import MaeConfig
 
 _POSITIONS, _DECODER_POSITIONS = "pos_embed", "decoder_pos_embed"
 _DECODER_HEAD = 32  # channels of a head in every published decoder
+# What all published encoders have in common.
+_FORM = ("pool", "class_token", "registers", "pos_embed", "patch_norm", "mask_token", "pre_norm", "post_norm")
+_FORM += ("patch_bias", "gated", "norm", "qkv_bias", "key_bias", "out_bias", "mlp_bias", "layer_scale_init")
 
 
 class MaeFormat(Format):
@@ -54,9 +58,7 @@ class MaeFormat(Format):
         """Raises `ConversionError` for a model that is no MAE of the published form."""
         image, decoder = config.image, config.decoder
         published = mae_encoder(image.width, image.depth, image.heads, image.patch_size)
-        keys = ("pool", "class_token", "registers", "pos_embed", "patch_norm", "mask_token", "pre_norm", "post_norm")
-        keys += ("patch_bias", "gated", "norm", "qkv_bias", "key_bias", "out_bias", "mlp_bias", "layer_scale_init")
-        wanted = {f"image.{key}": (getattr(image, key), (getattr(published, key),)) for key in keys}
+        wanted = {f"image.{key}": (getattr(image, key), (getattr(published, key),)) for key in _FORM}
         for key in ("activation", "norm", "norm_eps", "gated", "layer_scale_init"):
             wanted[f"decoder.{key}"] = (getattr(decoder, key), (getattr(image, key),))
         check_expressible(self.title, wanted)
@@ -65,7 +67,7 @@ class MaeFormat(Format):
 class Mae(MaeFormat):
     """`MaskedAutoencoderViT` of the published code."""
 
-    library, title = "original", "the authors' MAE"
+    library, title = "official", "the authors' MAE"
 
     def recognises(self, tensors: Tensors) -> bool:
         """See the base."""
@@ -76,7 +78,7 @@ class Mae(MaeFormat):
         return [
             *within(encoder_rows(), "image/", ""),
             *affine("decoder/embed", "decoder_embed"),
-            Row("decoder/mask_token", "mask_token", "token"),
+            Row("decoder/mask_token", "mask_token", "one_token"),
             *block_rows("decoder/blocks/", "decoder_blocks.{layer}."),
             *norm("decoder/ln_post", "decoder_norm"),
             *affine("decoder/head", "decoder_pred"),
@@ -102,22 +104,60 @@ class Mae(MaeFormat):
     def write_config(self, config: MaskedAutoencoderConfig) -> dict[str, Any]:
         """There is no file, so everything must be as these models have it."""
         self.check(config)
-        image, decoder = config.image, config.decoder
-        heads = {
-            "image.heads": (image.heads, (encoder_heads(image.width),)),
-            "image.activation": (image.activation, ("gelu",)),
-            "image.norm_eps": (image.norm_eps, (1e-6,)),
-            "decoder.heads": (decoder.heads, (decoder.width // _DECODER_HEAD,)),
-        }
-        check_expressible(self.title, heads)
+        heads = (config.decoder.heads, (max(1, config.decoder.width // _DECODER_HEAD),))
+        check_expressible(self.title, published_form(config.image) | {"decoder.heads": heads})
         return {}
+
+
+class MaeEncoder(ImageTowerFormat):
+    """The encoder alone, as the authors released most of their models (`mae_pretrain_vit_*.pth`)."""
+
+    library, title, preprocess = "official", "the authors' MAE encoder", "imagenet"
+
+    def recognises(self, tensors: Tensors) -> bool:
+        """See the base. DINO's and timm's encoders have the same names, but learned positions."""
+        if not {_POSITIONS, "cls_token", "blocks.0.attn.qkv.weight", "norm.weight"} <= tensors.keys():
+            return False
+        _, count, width = tensors[_POSITIONS].shape
+        side = math.isqrt(count - 1)
+        if side * side != count - 1 or width % 4 or any(name.startswith("decoder") for name in tensors):
+            return False
+        return bool(np.allclose(tensors[_POSITIONS][0], sincos_2d((side, side), width, 1), atol=1e-5))
+
+    def rows(self, config: ViTConfig) -> list[Row]:
+        """See the base."""
+        return within(encoder_rows(), "image/", "")
+
+    def constants(self, config: ViTConfig) -> dict[str, np.ndarray]:
+        """The table of positions."""
+        return {_POSITIONS: sincos_2d(config.grid, config.width, 1)[None]}
+
+    def read_config(self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None) -> ViTConfig:
+        """See the base."""
+        return read_encoder(tensors, self.title)
+
+    def claims(self, config: Any) -> bool:
+        """A ViT with a class token and fixed positions."""
+        return isinstance(config, ViTConfig) and config.class_token and config.pos_embed == "sincos"
+
+    def write_config(self, config: ViTConfig) -> dict[str, Any]:
+        """See the base."""
+        check_expressible(self.title, published_form(config))
+        return {}
+
+
+def published_form(image: ViTConfig) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """What must be as in the authors' files, which tell nothing but shapes: see `check_expressible`."""
+    published = mae_encoder(image.width, image.depth, encoder_heads(image.width), image.patch_size)
+    keys = (*_FORM, "heads", "activation", "norm_eps")
+    return {f"image.{key}": (getattr(image, key), (getattr(published, key),)) for key in keys}
 
 
 def encoder_rows() -> list[Row]:
     """The encoder in timm's names, without its positions."""
     return [
         *affine("patch_embed", "patch_embed.proj", "conv"),
-        Row("class_token", "cls_token", "token"),
+        Row("class_token", "cls_token", "one_token"),
         *block_rows("blocks/", "blocks.{layer}."),
         *norm("ln_post", "norm"),
     ]
@@ -144,4 +184,4 @@ def encoder_heads(width: int) -> int:
     return 16 if width == 1280 else max(1, width // 64)
 
 
-__all__ = ["Mae", "MaeFormat", "block_rows", "encoder_heads", "encoder_rows", "read_encoder"]
+__all__ = ["Mae", "MaeEncoder", "MaeFormat", "block_rows", "encoder_heads", "encoder_rows", "read_encoder"]

@@ -7,7 +7,7 @@ from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.hf_clip import HfClip
 from vlm_jax.interop.hf_siglip import HfSiglip
 from vlm_jax.interop.hf_vit_mae import HfViTMae
-from vlm_jax.interop.mae import Mae
+from vlm_jax.interop.mae import Mae, MaeEncoder
 from vlm_jax.interop.open_clip_coca import OpenClipCoCa
 from vlm_jax.interop.open_clip_resnet import OpenClipResNet
 from vlm_jax.interop.open_clip_timm import OpenClipTimmSiglip
@@ -25,6 +25,7 @@ FORMATS: tuple[Format, ...] = (
     BigVisionSiglip(),
     HfViTMae(),
     Mae(),
+    MaeEncoder(),
 )
 
 

@@ -28,7 +28,7 @@ class ObjectiveConfig(Choice):
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The methods by name."""
         # Here and not on top: the members' modules import this one.
-        from vlm_jax.objectives import bag_of_words, caption, clip, coca, mae, siglip
+        from vlm_jax.objectives import bag_of_words, caption, clip, coca, encoder, mae, siglip
 
         return {
             "clip": clip.ClipConfig,
@@ -36,6 +36,7 @@ class ObjectiveConfig(Choice):
             "coca": coca.CoCaConfig,
             "caption": caption.CaptionConfig,
             "bag_of_words": bag_of_words.BagOfWordsConfig,
+            "encoder": encoder.EncoderConfig,
             "mae": mae.MaeConfig,
         }
 
