@@ -187,7 +187,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def write_weights(file: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> None:
-    """Writes a safetensors file as PyTorch's libraries expect it, or a *.npz, floats in `dtype`.
+    """Writes a safetensors file as PyTorch's libraries expect it, or a *.npz, floats in `dtype`, integers as they are.
 
     Args:
         file: its suffix tells which of the two.
@@ -198,12 +198,17 @@ def write_weights(file: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> 
         WeightsError: it can't be written.
     """
     # asarray, not ascontiguousarray, which would make a vector of a scalar
-    cast = {name: np.asarray(value, np.dtype(dtype), order="C") for name, value in tensors.items()}
+    cast = {name: np.asarray(value, _stored(value, dtype), order="C") for name, value in tensors.items()}
     with _writing(file):
         if file.suffix == ".npz":
             np.savez(file, **cast)  # pyright: ignore[reportArgumentType] - the names are no other argument's
         else:
             save_file(cast, file, {"format": "pt"})
+
+
+def _stored(value: np.ndarray, dtype: str) -> np.dtype[Any]:
+    """Whole numbers (indices) stay what they are."""
+    return value.dtype if np.issubdtype(value.dtype, np.integer) else np.dtype(dtype)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ LAYOUTS: dict[str, Layout] = {
     "same": Layout(lambda x, shape: x, lambda x: x),
     # (out, in) <-> (in, out)
     "linear": Layout(lambda x, shape: x.T, lambda x: x.T),
+    # a convolution of one pixel: (out, in, 1, 1) <-> (in, out)
+    "pointwise": Layout(lambda x, shape: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
     # OIHW <-> HWIO
     "conv": Layout(lambda x, shape: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
     # query, key, value: (heads head_dim, width) <-> (width, heads, head_dim)

@@ -12,6 +12,7 @@ from vlm_jax.interop.open_clip_coca import OpenClipCoCa
 from vlm_jax.interop.open_clip_resnet import OpenClipResNet
 from vlm_jax.interop.open_clip_timm import OpenClipTimmSiglip
 from vlm_jax.interop.open_clip_vit import OpenClipViT
+from vlm_jax.interop.simmim import SwinSimMim
 from vlm_jax.interop.tables import ConversionError, Tensors
 
 # In the order in which a model of ours is offered to the formats of a library.
@@ -26,6 +27,7 @@ FORMATS: tuple[Format, ...] = (
     HfViTMae(),
     Mae(),
     MaeEncoder(),
+    SwinSimMim(),
 )
 
 

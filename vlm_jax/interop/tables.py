@@ -27,8 +27,9 @@ class ConversionError(ValueError):
 class Row:
     """One leaf of ours and what a library calls it.
 
-    Their name may hold `{layer}`, the block's number: the leaf is then a stack of layers. It may end in `#i/n`: the
-    i-th of n tensors that are stored as one, joined along the first axis.
+    Their name may hold `{layer}`, the block's number: the leaf is then a stack of layers; `{even}` and `{odd}` are the
+    numbers of the blocks of a stack that holds every other one. It may end in `#i/n`: the i-th of n tensors that are
+    stored as one, joined along the first axis.
     """
 
     ours: str  # path in the parameter tree
@@ -37,12 +38,14 @@ class Row:
 
     def names(self, shape: Shape) -> list[str]:
         """Their names of a leaf of that shape, one a layer where it is a stack."""
-        return [self.theirs.format(layer=i) for i in range(shape[0])] if self.stacked else [self.theirs]
+        if not self.stacked:
+            return [self.theirs]
+        return [self.theirs.format(layer=i, even=2 * i, odd=2 * i + 1) for i in range(shape[0])]
 
     @property
     def stacked(self) -> bool:
         """Whether the leaf holds all layers."""
-        return "{layer}" in self.theirs
+        return "{" in self.theirs
 
 
 def within(rows: Iterable[Row], ours: str, theirs: str) -> list[Row]:

@@ -26,9 +26,15 @@ class ImageTowerConfig(Choice):
         # Here and not on top: the members' modules import this one.
         from vlm_jax.models.attentional_pool import AttentionalPoolConfig
         from vlm_jax.models.resnet import ResNetConfig
+        from vlm_jax.models.swin import SwinConfig
         from vlm_jax.models.vit import ViTConfig
 
-        return {"vit": ViTConfig, "resnet": ResNetConfig, "attentional_pool": AttentionalPoolConfig}
+        return {
+            "vit": ViTConfig,
+            "resnet": ResNetConfig,
+            "swin": SwinConfig,
+            "attentional_pool": AttentionalPoolConfig,
+        }
 
     @property
     def image_shape(self) -> tuple[int, int]:

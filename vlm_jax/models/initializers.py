@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, zeros
 
 Initializer = Callable[..., jax.Array]
-InitName = Literal["clip_image", "clip_text", "siglip", "mae", "vit"]
+InitName = Literal["clip_image", "clip_text", "siglip", "mae", "vit", "swin"]
 
 
 class Initializers(NamedTuple):
@@ -155,10 +155,16 @@ def vit(width: int, depth: int, mlp_dim: int) -> Initializers:
     )
 
 
+def swin(width: int, depth: int, mlp_dim: int) -> Initializers:
+    """As `vit`; the convolution that embeds patches keeps PyTorch's start (Liu et al. 2021, published code)."""
+    return vit(width, depth, mlp_dim)._replace(patch_kernel=torch_linear, patch_bias=torch_linear)
+
+
 INITIALIZERS: dict[str, Callable[[int, int, int], Initializers]] = {
     "clip_image": clip_image,
     "clip_text": clip_text,
     "siglip": siglip,
     "mae": mae,
     "vit": vit,
+    "swin": swin,
 }

@@ -193,6 +193,33 @@ class CrossBlock(nn.Module):
         return cross(x_BxTxD, (2 * index + 1, rate), keys, None, None, context_BxSxC)
 
 
+def scanned(block: Any, length: int, remat: RematName, scan: bool, broadcast: int) -> Any:
+    """A module class as the loop over `length` of its layers, each rematerialised by the policy.
+
+    Args:
+        block: called with a carry, an input of its own layer, and `broadcast` inputs that all layers share; returns
+            the new carry and an output to stack or None. Its parameters get a leading axis, "layers".
+        length: number of layers.
+        remat: what a layer keeps for its backward pass.
+        scan: false unrolls the loop; the parameters are the same.
+        broadcast: number of shared inputs.
+    """
+    policy = POLICIES[remat]
+    if policy is not None:
+        # Inside a loop nothing can merge the recomputation with the forward pass; unrolled, XLA would.
+        block = nn.remat(block, policy=policy, prevent_cse=not scan)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, *[nn.broadcast] * broadcast),  # pyright: ignore[reportArgumentType]
+        length=length,
+        # lax.scan drops the loop altogether when the whole of it is unrolled.
+        unroll=1 if scan else length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
 def run_blocks(
     config: TransformerConfig,
     x_BxTxD: jax.Array,
@@ -225,20 +252,7 @@ def run_blocks(
     if config.depth == 0:
         return x_BxTxD, None
     block: Any = Block if context_BxSxC is None else CrossBlock
-    policy = POLICIES[config.remat]
-    if policy is not None:
-        # Inside a loop nothing can merge the recomputation with the forward pass; unrolled, XLA would.
-        block = nn.remat(block, policy=policy, prevent_cse=not config.scan)
-    stack = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-        length=config.depth,
-        # lax.scan drops the loop altogether when the whole of it is unrolled.
-        unroll=1 if config.scan else config.depth,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
+    stack = scanned(block, config.depth, config.remat, config.scan, broadcast=4)
     init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim)
     # numpy, so that the rates are the same fp32 numbers on every platform
     rates = np.linspace(0.0, config.drop_path, config.depth, dtype=np.float32)
