@@ -6,6 +6,7 @@ from vlm_jax.interop.big_vision import BigVisionSiglip
 from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.hf_clip import HfClip
 from vlm_jax.interop.hf_siglip import HfSiglip
+from vlm_jax.interop.hf_swin import HfSwinSimMim
 from vlm_jax.interop.hf_vit_mae import HfViTMae
 from vlm_jax.interop.mae import Mae, MaeEncoder
 from vlm_jax.interop.open_clip_coca import OpenClipCoCa
@@ -27,6 +28,7 @@ FORMATS: tuple[Format, ...] = (
     HfViTMae(),
     Mae(),
     MaeEncoder(),
+    HfSwinSimMim(),
     SwinSimMim(),
 )
 

@@ -37,6 +37,11 @@ class SwinSimMimFormat(Format):
         """See the base."""
         return SimMimConfig(model=model)
 
+    def tower(self, config: MaskedImageModelConfig) -> SwinConfig:
+        """The tower of a model that this claims."""
+        assert isinstance(config.image, SwinConfig), "see `claims`"
+        return config.image
+
     def claims(self, config: Any) -> bool:
         """SimMIM with a Swin tower."""
         return isinstance(config, MaskedImageModelConfig) and isinstance(config.image, SwinConfig)
@@ -65,7 +70,7 @@ class SwinSimMim(SwinSimMimFormat):
             *affine("patch_embed", "patch_embed.proj", "conv"),
             *norm("patch_norm", "patch_embed.norm"),
             Row("mask_token", "mask_token", "one_token"),
-            *swin_rows(_swin(config), block, "layers"),
+            *swin_rows(self.tower(config), block, "layers"),
             *norm("ln_post", "norm"),
         ]
         return [*within(rows, "image/", "encoder."), *affine("decoder", "decoder.0", "pointwise")]
@@ -73,7 +78,9 @@ class SwinSimMim(SwinSimMimFormat):
     def constants(self, config: MaskedImageModelConfig) -> dict[str, np.ndarray]:
         """The index into each table of offsets, and the mask of each block whose windows are shifted."""
         found: dict[str, np.ndarray] = {}
-        for stage, (windows, depth) in enumerate(zip(_swin(config).windows, _swin(config).depths, strict=True)):
+        for stage, (windows, depth) in enumerate(
+            zip(self.tower(config).windows, self.tower(config).depths, strict=True)
+        ):
             for block in range(depth):
                 prefix = f"encoder.layers.{stage}.blocks.{block}."
                 found[f"{prefix}attn.relative_position_index"] = relative_index(windows.side).astype(np.int64)
@@ -94,7 +101,7 @@ class SwinSimMim(SwinSimMimFormat):
 
     def write_config(self, config: MaskedImageModelConfig) -> dict[str, Any]:
         """There is no file, so everything must be as these models have it."""
-        image = _swin(config)
+        image = self.tower(config)
         heads = tuple(max(1, width // _HEAD_DIM) for width in image.widths)
         wanted = {"image.heads": (image.heads, (heads,)), "image.mask_token": (image.mask_token, (True,))}
         wanted |= {"image.activation": (image.activation, ("gelu",)), "image.norm_eps": (image.norm_eps, (1e-5,))}
@@ -146,11 +153,6 @@ def swin_sizes(tensors: Tensors, block: str, table: str, hidden: str, what: str)
         "window": (math.isqrt(tables[0][0]) + 1) // 2,
         "mlp_ratio": mlp_dim / width,
     }
-
-
-def _swin(config: MaskedImageModelConfig) -> SwinConfig:
-    assert isinstance(config.image, SwinConfig), "see `claims`"
-    return config.image
 
 
 __all__ = ["SwinSimMim", "SwinSimMimFormat", "swin_rows", "swin_sizes"]
