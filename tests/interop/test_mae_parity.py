@@ -73,15 +73,14 @@ def test_prediction_loss_and_gradients_are_the_library_s(twin: Any, imported: Pa
     images = rng.standard_normal((3, 24, 24, 3)).astype(np.float32)
     noise = rng.uniform(size=(3, 36)).astype(np.float32)
     expected = twin(torch.from_numpy(images.transpose(0, 3, 1, 2)), noise=torch.from_numpy(noise))
-    outputs: Any = objective.module.apply({"params": model.params}, images, noise)
+
+    def loss(params: Any) -> Any:
+        (total, count), outputs = objective.loss_and_outputs(params, images, noise)
+        return total / count, outputs
+
+    (value, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.params)
     np.testing.assert_allclose(outputs["prediction"], expected.logits.detach(), atol=2e-5)
     np.testing.assert_array_equal(outputs["removed"], expected.mask.numpy().astype(bool))
-
-    def loss(params: Any) -> jax.Array:
-        total, count = objective.loss_of(params, images, noise)
-        return total / count
-
-    value, gradients = jax.jit(jax.value_and_grad(loss))(model.params)
     np.testing.assert_allclose(value, expected.loss.item(), rtol=1e-5)
     twin.zero_grad()
     expected.loss.backward()

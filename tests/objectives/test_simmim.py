@@ -45,9 +45,17 @@ def test_indices_and_masks_of_the_windows_are_the_published_ones() -> None:
         np.testing.assert_array_equal(value, WEIGHTS[name], strict=True, err_msg=name)
 
 
-def test_every_block_and_the_reconstruction(simmim: SimMim, params: Any) -> None:
-    apply = jax.jit(lambda p: simmim.module.apply({"params": p}, IMAGES, HIDDEN, intermediates=True))
-    outputs: Any = apply(params)
+@pytest.fixture(scope="module")
+def computed(simmim: SimMim, params: Any) -> Any:
+    def loss(params: Any) -> Any:
+        (total, count), outputs = simmim.loss_and_outputs(params, IMAGES, HIDDEN, intermediates=True)
+        return total / count, outputs
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+
+def test_every_block_and_the_reconstruction(computed: Any) -> None:
+    (_, outputs), _ = computed
     expected = {
         "image/stage1": np.stack([golden(f"layer0.block{i}") for i in range(2)]),
         "image/merge1": golden("layer0.downsample"),
@@ -59,12 +67,8 @@ def test_every_block_and_the_reconstruction(simmim: SimMim, params: Any) -> None
         np.testing.assert_allclose(outputs[name], value, atol=2e-5, err_msg=name)
 
 
-def test_loss_and_every_gradient(simmim: SimMim, params: Any) -> None:
-    def loss(params: Any) -> jax.Array:
-        total, count = simmim.loss_of(params, IMAGES, HIDDEN)
-        return total / count
-
-    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+def test_loss_and_every_gradient(computed: Any) -> None:
+    (value, _), gradients = computed
     np.testing.assert_allclose(value, golden("loss"), rtol=1e-5)
     theirs = from_params(gradients, FORMAT.rows(MODEL), FORMAT.title)
     assert theirs.keys() == {name.removeprefix("outputs/grad.") for name in GOLDEN if name.startswith("outputs/grad.")}

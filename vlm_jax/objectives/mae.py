@@ -54,19 +54,21 @@ class Mae(ImageObjective):
     def loss(self, params: Any, extra: Any, batch: Batch, keys: jax.Array, step: jax.Array) -> tuple[Ratio, Aux]:
         """The mean over removed patches of the mean squared error in a patch (section 3)."""
         images = normalise_images(batch["image"], self.preprocess)
-        return self.loss_of(params, images, self.noise(keys), fold_in(keys, 1)), Aux({})
+        return self.loss_and_outputs(params, images, self.noise(keys), fold_in(keys, 1))[0], Aux({})
 
     def noise(self, keys: jax.Array) -> jax.Array:
         """[B] keys -> uniform [B, N]; the patches of least noise are kept."""
         count = self.config.model.image.patches
         return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (count,)))(keys)
 
-    def loss_of(self, params: Any, images: jax.Array, noise: jax.Array, keys: jax.Array | None = None) -> Ratio:
-        """The loss on normalised images with a given noise."""
-        outputs: Any = self.module.apply({"params": params}, images, noise, keys)
+    def loss_and_outputs(
+        self, params: Any, images: jax.Array, noise: jax.Array, keys: jax.Array | None = None, **options: Any
+    ) -> tuple[Ratio, dict[str, jax.Array]]:
+        """The loss on normalised images with a given noise, and the module's outputs."""
+        outputs: Any = self.module.apply({"params": params}, images, noise, keys, **options)
         targets = patch_targets(images, self.config.model.image.patch_size, self.config.model.normalise_pixels)
         sums, counts = masked_square_error(outputs["prediction"], targets, outputs["removed"])
-        return sums.sum(), counts.sum()
+        return (sums.sum(), counts.sum()), outputs
 
     def reconstruct(self, params: Any, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
         """See the base."""

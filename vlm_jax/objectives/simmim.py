@@ -60,15 +60,17 @@ class SimMim(ImageObjective):
     def loss(self, params: Any, extra: Any, batch: Batch, keys: jax.Array, step: jax.Array) -> tuple[Ratio, Aux]:
         """The mean absolute error over the channels of the hidden pixels (section 3.4)."""
         images = normalise_images(batch["image"], self.preprocess)
-        return self.loss_of(params, images, self.hidden(keys), fold_in(keys, 1)), Aux({})
+        return self.loss_and_outputs(params, images, self.hidden(keys), fold_in(keys, 1))[0], Aux({})
 
-    def loss_of(self, params: Any, images: jax.Array, hidden: jax.Array, keys: jax.Array | None = None) -> Ratio:
-        """The loss on normalised images with given hidden cells; the count is that of cells."""
-        outputs: Any = self.module.apply({"params": params}, images, hidden, keys)
+    def loss_and_outputs(
+        self, params: Any, images: jax.Array, hidden: jax.Array, keys: jax.Array | None = None, **options: Any
+    ) -> tuple[Ratio, dict[str, jax.Array]]:
+        """The loss on normalised images with given hidden cells, its count that of cells; and the module's outputs."""
+        outputs: Any = self.module.apply({"params": params}, images, hidden, keys, **options)
         # Cells, not patches, are the unit here: both sides are cut in the same way.
         prediction, targets = (patch_targets(x, self.model.cell, False) for x in (outputs["prediction"], images))
         sums, counts = masked_absolute_error(prediction, targets, hidden)
-        return sums.sum(), counts.sum()
+        return (sums.sum(), counts.sum()), outputs
 
     def reconstruct(self, params: Any, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
         """See the base."""
