@@ -16,7 +16,7 @@ from vlm_jax.data.images import IMAGENET_MEAN, PreprocessConfig
 from vlm_jax.interop.__main__ import main
 from vlm_jax.interop.hf_vit_mae import HfViTMae
 from vlm_jax.interop.mae import Mae as MaeFormat
-from vlm_jax.interop.preprocess import KNOWN
+from vlm_jax.interop.preprocess import KNOWN, import_preprocess
 from vlm_jax.interop.tables import ConversionError, from_params
 from vlm_jax.models.masked_autoencoder import MaskedAutoencoderConfig, PixelDecoderConfig, mae_encoder
 from vlm_jax.models.position import sincos_2d
@@ -116,6 +116,15 @@ def test_live_and_hub_names_are_one_model(twin: Any, folder: Path, imported: Pat
     torch.save(twin.state_dict(), tmp_path / "pytorch_model.bin")
     assert main(["import", f"--from={tmp_path}", f"--to={tmp_path / 'a'}"]) == 0
     assert_same(vlm_jax.load(tmp_path / "a").params, vlm_jax.load(imported).params)
+
+
+@pytest.mark.parametrize("size", [24, {"height": 24, "width": 24}])
+def test_the_preprocessing_of_the_hub_s_models(size: Any) -> None:
+    """ViTFeatureExtractor makes both sides the size; with Pillow's number of bilinear."""
+    settings = {"feature_extractor_type": "ViTFeatureExtractor", "size": size, "resample": 2, "do_resize": True}
+    settings |= {"image_mean": list(IMAGENET_MEAN), "image_std": [0.229, 0.224, 0.225], "do_normalize": True}
+    found = import_preprocess(settings, "hf", (24, 24))
+    assert (found.resize, found.interpolation, found.mean) == ("squash", "bilinear", IMAGENET_MEAN)
 
 
 def original_file(file: Path) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from vlm_jax.losses.pixels import patch_targets, predicted_images
 from vlm_jax.models.masked_autoencoder import MAE, MaskedAutoencoderConfig, PixelDecoderConfig, mae_encoder
 from vlm_jax.models.masked_image_model import MaskedImageModelConfig
 from vlm_jax.models.swin import SwinConfig
+from vlm_jax.models.vit import ViTConfig
 from vlm_jax.objectives.images import GREY
 from vlm_jax.objectives.mae import MaeConfig
 from vlm_jax.objectives.simmim import SimMimConfig
@@ -28,9 +29,13 @@ DECODER = PixelDecoderConfig(width=16, depth=2, heads=2, mlp_dim=24, drop_path=0
 SWIN = SwinConfig(
     image_size=8, patch_size=1, width=8, depths=(2, 2), heads=(2, 4), window=3, mask_token=True, drop_path=0.3
 )
+VIT = ViTConfig(
+    image_size=8, patch_size=1, width=8, depth=2, heads=2, mlp_dim=16, mask_token=True, relative_position="shared"
+)
 METHODS: dict[str, Any] = {
     "mae": MaeConfig(model=MaskedAutoencoderConfig(mae_encoder(16, 2, 2, 2, image_size=8), DECODER)),
     "simmim": SimMimConfig(model=MaskedImageModelConfig(SWIN, cell=2)),
+    "simmim_vit": SimMimConfig(model=MaskedImageModelConfig(VIT, cell=2)),
 }
 
 

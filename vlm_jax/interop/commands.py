@@ -160,7 +160,8 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
     settings = found.write_config(config)
     view = {}
     if family in ("hf", "open_clip"):
-        view = export_preprocess(model.config.data.preprocess, (objective.image_size,) * 2, family)
+        side = objective.image_size
+        view = export_preprocess(model.config.data.preprocess, (side, side), family)
     params = jax.tree.map(np.asarray, ours)
     tensors = from_params(params, found.rows(config), found.title) | found.constants(config)
     tensors = found.published(tensors)

@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from vlm_jax.interop.formats import block_sizes, check_expressible, check_supported, square_side
 from vlm_jax.interop.hf import read_tower, write_tower
 from vlm_jax.interop.mae import MaeFormat
@@ -22,11 +20,10 @@ from vlm_jax.interop.tables import (
     without_wrappers,
 )
 from vlm_jax.models.masked_autoencoder import MaskedAutoencoderConfig, PixelDecoderConfig
-from vlm_jax.models.position import sincos_2d
 from vlm_jax.models.vit import ViTConfig
 
 _EMBEDDINGS, _BLOCK, _DECODER_BLOCK = "vit.embeddings.", "vit.encoder.layer.{layer}.", "decoder.decoder_layers.{layer}."
-_POSITIONS, _DECODER_POSITIONS = f"{_EMBEDDINGS}position_embeddings", "decoder.decoder_pos_embed"
+_POSITIONS = f"{_EMBEDDINGS}position_embeddings"
 # The names of the Hub. transformers 5 calls the live parameters otherwise, and saves the decoder's under a third name.
 _SPELLINGS = (
     (r"^vit\.layers\.", "vit.encoder.layer."),
@@ -38,8 +35,17 @@ _SPELLINGS = (
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
-# What the library writes only where it differs, and what nobody's config has.
-_DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": 12, "image_size": 224}
+# Older files hold only what differs from these.
+_DEFAULTS = {
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "num_attention_heads": 12,
+    "decoder_num_attention_heads": 16,
+    "image_size": 224,
+    "mask_ratio": 0.75,
+    "norm_pix_loss": False,
+}
+# The one value that our model computes.
 _COMPUTED = {"qkv_bias": True, "num_channels": 3, "model_type": "vit_mae"}
 
 
@@ -47,6 +53,7 @@ class HfViTMae(MaeFormat):
     """ViTMAEForPreTraining of transformers."""
 
     library, title = "hf", "a Hugging Face ViTMAE"
+    positions = (_POSITIONS, "decoder.decoder_pos_embed")
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
         """See the base."""
@@ -70,14 +77,6 @@ class HfViTMae(MaeFormat):
             *affine("decoder/head", "decoder.decoder_pred"),
         ]
 
-    def constants(self, config: MaskedAutoencoderConfig) -> dict[str, np.ndarray]:
-        """Both tables of positions."""
-        image, decoder = config.image, config.decoder
-        return {
-            _POSITIONS: sincos_2d(image.grid, image.width, 1)[None],
-            _DECODER_POSITIONS: sincos_2d(image.grid, decoder.width, 1)[None],
-        }
-
     def read_config(
         self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None
     ) -> MaskedAutoencoderConfig:
@@ -85,24 +84,24 @@ class HfViTMae(MaeFormat):
         if settings is None:
             raise ConversionError(f"{self.title} needs its config.json beside the weights: it tells the heads")
         check_supported("config.json: ", settings, _COMPUTED)
-        settings = _DEFAULTS | {"decoder_num_attention_heads": 16} | settings
-        details = read_tower("config.json", settings, activation)
+        known: dict[str, Any] = {**_DEFAULTS, **settings}
+        details = read_tower("config.json", known, activation)
         sizes: dict[str, Any] = block_sizes(
             tensors, _BLOCK, "layernorm_before.weight", "intermediate.dense.bias", self.title
         )
         patch_size = shape_of(tensors, f"{_EMBEDDINGS}patch_embeddings.projection.weight", self.title)[-1]
         positions = shape_of(tensors, _POSITIONS, self.title)[1] - 1
-        sizes |= square_side(positions, patch_size, settings, self.title)
+        sizes |= square_side(positions, patch_size, known, self.title)
         fixed = {"pos_embed": "sincos", "pre_norm": False, "patch_bias": True, "init": "mae"}
         decoder: dict[str, Any] = block_sizes(
             tensors, _DECODER_BLOCK, "layernorm_before.weight", "intermediate.dense.bias", self.title
         )
-        decoder |= details | {"heads": settings["decoder_num_attention_heads"]}
+        decoder |= details | {"heads": known["decoder_num_attention_heads"]}
         return MaskedAutoencoderConfig(
             ViTConfig(**details, **sizes, **fixed),
             PixelDecoderConfig(**decoder),
-            mask_ratio=settings.get("mask_ratio", 0.75),
-            normalise_pixels=settings.get("norm_pix_loss", False),
+            mask_ratio=known["mask_ratio"],
+            normalise_pixels=known["norm_pix_loss"],
         )
 
     def write_config(self, config: MaskedAutoencoderConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from vlm_jax.models.position import sincos_2d
 from vlm_jax.models.vit import ViTConfig
 from vlm_jax.objectives.mae import MaeConfig
 
-_POSITIONS, _DECODER_POSITIONS = "pos_embed", "decoder_pos_embed"
+_POSITIONS = "pos_embed"
 _DECODER_HEAD = 32  # channels of a head in every published decoder
 # What all published encoders have in common.
 _FORM = ("pool", "class_token", "registers", "pos_embed", "patch_norm", "mask_token", "pre_norm", "post_norm")
@@ -37,9 +37,14 @@ _FORM += ("patch_bias", "gated", "norm", "qkv_bias", "key_bias", "out_bias", "ml
 
 
 class MaeFormat(Format):
-    """What the formats of a whole masked autoencoder share."""
+    """What the formats of a whole masked autoencoder share.
+
+    Attributes:
+        positions: what the library calls the tables of positions, the encoder's and the decoder's.
+    """
 
     preprocess = "imagenet"
+    positions: tuple[str, str]
 
     def objective(self, model: MaskedAutoencoderConfig) -> MaeConfig:
         """See the base."""
@@ -53,6 +58,12 @@ class MaeFormat(Format):
         """See the base."""
         image = config.image
         return module_shapes(MaskedAutoencoder(config), (1, *image.image_shape, 3), (1, image.patches))
+
+    def constants(self, config: MaskedAutoencoderConfig) -> dict[str, np.ndarray]:
+        """Both tables of positions."""
+        widths = (config.image.width, config.decoder.width)
+        tables = (sincos_2d(config.image.grid, width, 1)[None] for width in widths)
+        return dict(zip(self.positions, tables, strict=True))
 
     def check(self, config: MaskedAutoencoderConfig) -> None:
         """Raises `ConversionError` for a model that is no MAE of the published form."""
@@ -68,6 +79,7 @@ class Mae(MaeFormat):
     """`MaskedAutoencoderViT` of the published code."""
 
     library, title = "official", "the authors' MAE"
+    positions = ("pos_embed", "decoder_pos_embed")
 
     def recognises(self, tensors: Tensors) -> bool:
         """See the base."""
@@ -84,20 +96,14 @@ class Mae(MaeFormat):
             *affine("decoder/head", "decoder_pred"),
         ]
 
-    def constants(self, config: MaskedAutoencoderConfig) -> dict[str, np.ndarray]:
-        """Both tables of positions."""
-        image, decoder = config.image, config.decoder
-        return {
-            _POSITIONS: sincos_2d(image.grid, image.width, 1)[None],
-            _DECODER_POSITIONS: sincos_2d(image.grid, decoder.width, 1)[None],
-        }
-
     def read_config(
         self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None
     ) -> MaskedAutoencoderConfig:
         """See the base. Heads are those of the published sizes, which have a rule."""
         image = read_encoder(tensors, self.title)
-        sizes = block_sizes(tensors, "decoder_blocks.{layer}.", "norm1.weight", "mlp.fc1.bias", self.title)
+        sizes: dict[str, Any] = block_sizes(
+            tensors, "decoder_blocks.{layer}.", "norm1.weight", "mlp.fc1.bias", self.title
+        )
         decoder = PixelDecoderConfig(**sizes, heads=max(1, sizes["width"] // _DECODER_HEAD))
         return MaskedAutoencoderConfig(image, decoder)
 

@@ -50,6 +50,9 @@ def import_preprocess(settings: Mapping[str, Any], library: Library, image_shape
 
 def _hf_resize(settings: Mapping[str, Any], image_shape: tuple[int, int]) -> str:
     size = settings.get("size", min(image_shape))
+    processor = settings.get("image_processor_type", settings.get("feature_extractor_type", ""))
+    if isinstance(size, int) and processor.startswith("ViT"):
+        size = {"height": size, "width": size}  # in files of before sizes had names, this one meant both sides
     if isinstance(size, Mapping) and "height" in size:
         sides, resize = (size["height"], size["width"]), "squash"
     else:

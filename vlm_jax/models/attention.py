@@ -77,7 +77,9 @@ def _platform() -> str:
 
 def _choose(platform: str, q: jax.Array, bias: jax.Array | None, mask: jax.Array | None) -> AttentionImpl:
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if platform in ("gpu", "cuda") and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+    # cuDNN has no gradient of a bias between odd numbers of tokens
+    takes_bias = bias is None or bias.shape[-2] % 2 == bias.shape[-1] % 2 == 0
+    if platform in ("gpu", "cuda") and half and takes_bias and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
         return "cudnn"
     if platform == "tpu" and q.shape[1] >= FLASH_MIN_LENGTH and bias is None and _masks_keys_only(mask):
         return "flash"

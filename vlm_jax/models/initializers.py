@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import normal, zeros
+from jax.nn.initializers import normal, truncated_normal, zeros
 
 Initializer = Callable[..., jax.Array]
-InitName = Literal["clip_image", "clip_text", "siglip", "mae", "vit", "swin"]
+InitName = Literal["clip_image", "clip_text", "siglip", "mae", "vit", "swin", "beit"]
 
 
 class Initializers(NamedTuple):
@@ -34,6 +34,24 @@ class Initializers(NamedTuple):
     token: Initializer
     projection: Initializer
     probe: Initializer
+    # from the number of a block, counted from 0, the factor on what writes to the residual stream there
+    residual_factor: Callable[[jax.Array], jax.Array] | None = None
+
+    def at_layer(self, layer: jax.Array) -> "Initializers":
+        """Those of one block; `layer`, its number, is traced when blocks are initialised in a loop."""
+        if self.residual_factor is None:
+            return self
+        factor = self.residual_factor(layer)
+        return self._replace(out_kernel=scaled(self.out_kernel, factor), fc2_kernel=scaled(self.fc2_kernel, factor))
+
+
+def scaled(inner: Initializer, factor: jax.Array) -> Initializer:
+    """Another initialiser's values times a scalar."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        return inner(key, shape, dtype) * factor
+
+    return init
 
 
 def symmetric_uniform(bound: float) -> Initializer:
@@ -160,6 +178,28 @@ def swin(width: int, depth: int, mlp_dim: int) -> Initializers:
     return vit(width, depth, mlp_dim)._replace(patch_kernel=torch_linear, patch_bias=torch_linear)
 
 
+def beit(width: int, depth: int, mlp_dim: int) -> Initializers:
+    """Bao et al. 2022, section 2.5 and published code: normal of spread 0.02 cut at one spread, biases zero.
+
+    What is left has the spread 0.0108. The writers of block l, counted from 1, are divided by sqrt(2 l).
+    """
+    cut = truncated_normal(0.02, lower=-1.0, upper=1.0)
+    return vit(width, depth, mlp_dim)._replace(
+        qkv_kernel=cut,
+        out_kernel=cut,
+        fc1_kernel=cut,
+        fc2_kernel=cut,
+        patch_kernel=lambda fan_in: cut,
+        class_token=cut,
+        mask_token=cut,
+        position=cut,
+        token=cut,
+        projection=cut,
+        probe=cut,
+        residual_factor=lambda layer: (2.0 * (layer + 1)) ** -0.5,
+    )
+
+
 INITIALIZERS: dict[str, Callable[[int, int, int], Initializers]] = {
     "clip_image": clip_image,
     "clip_text": clip_text,
@@ -167,4 +207,5 @@ INITIALIZERS: dict[str, Callable[[int, int, int], Initializers]] = {
     "mae": mae,
     "vit": vit,
     "swin": swin,
+    "beit": beit,
 }

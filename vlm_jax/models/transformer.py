@@ -22,6 +22,7 @@ from vlm_jax.models.attention import Attention, AttentionImpl
 from vlm_jax.models.initializers import INITIALIZERS, Initializers, InitName
 from vlm_jax.models.mlp import MLP, ActivationName
 from vlm_jax.models.norms import NORMS, NormName
+from vlm_jax.models.relative_position import RelativeGrid, RelativePositionBias
 from vlm_jax.models.remat import POLICIES, RematName
 from vlm_jax.models.stochastic import drop_path, dropout, fold_in
 from vlm_jax.models.weights import weight
@@ -102,6 +103,7 @@ class Block(nn.Module):
         causal: whether attention is causal.
         keep_output: whether to hand the output on beside the carry, for the loop to stack.
         dtype: compute dtype.
+        relative: the tokens between which the block learns a bias of its own, or None.
     """
 
     config: TransformerConfig
@@ -109,6 +111,7 @@ class Block(nn.Module):
     causal: bool
     keep_output: bool
     dtype: Dtype = jnp.float32
+    relative: RelativeGrid | None = None
 
     @nn.compact
     def __call__(
@@ -122,11 +125,14 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Carry and output are the same [B, T, D] (or no output); `layer` is (index, drop-path rate), scalars."""
         config, (index, rate) = self.config, layer
-        keys = fold_in(keys, index)
+        keys, init = fold_in(keys, index), self.initializers.at_layer(index)
         norm = NORMS[config.norm]
+        if self.relative is not None:
+            own = RelativePositionBias(self.relative, config.heads, name="relative_position")()
+            bias = own if bias is None else bias + own
         attention = Attention(
             config.heads,
-            self.initializers,
+            init,
             config.qkv_bias,
             config.attention_impl,
             config.key_bias,
@@ -143,7 +149,7 @@ class Block(nn.Module):
             mlp = MLP(
                 config.mlp_dim,
                 config.activation,
-                self.initializers,
+                init,
                 config.mlp_bias,
                 config.gated,
                 dtype=self.dtype,
@@ -229,6 +235,7 @@ def run_blocks(
     bias: jax.Array | None = None,
     context_BxSxC: jax.Array | None = None,
     causal: bool = False,
+    relative: RelativeGrid | None = None,
     intermediates: bool = False,
     dtype: Dtype = jnp.float32,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -242,6 +249,7 @@ def run_blocks(
         bias: added to the attention logits, broadcasts to [B, H, T, T]; the same for all blocks.
         context_BxSxC: tokens that every block attends to as well; needs a `CrossDecoderConfig`.
         causal: whether attention is causal.
+        relative: the tokens between which each block learns a bias of its own; None: none does. Not with a context.
         intermediates: whether to keep each block's output.
         dtype: compute dtype, also of the residual stream.
 
@@ -257,7 +265,8 @@ def run_blocks(
     # numpy, so that the rates are the same fp32 numbers on every platform
     rates = np.linspace(0.0, config.drop_path, config.depth, dtype=np.float32)
     layers = (jnp.arange(config.depth), jnp.asarray(rates))
-    blocks = stack(config, init, causal, intermediates, dtype, name="blocks")
+    more = {} if relative is None else {"relative": relative}
+    blocks = stack(config, init, causal, intermediates, dtype, **more, name="blocks")
     return blocks(x_BxTxD, layers, keys, mask, bias, context_BxSxC)
 
 

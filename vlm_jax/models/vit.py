@@ -18,6 +18,7 @@ from vlm_jax.models.patches import PatchEmbed
 from vlm_jax.models.pooling import MapHead, mean_tokens
 from vlm_jax.models.position import sincos_2d
 from vlm_jax.models.projection import ProjectionConfig, project
+from vlm_jax.models.relative_position import RelativeGrid, RelativePositionBias, RelativePositionName
 from vlm_jax.models.stochastic import drop_patches, fold_in, kept_patches
 from vlm_jax.models.transformer import TransformerConfig, run_blocks
 from vlm_jax.models.weights import weight
@@ -35,6 +36,8 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
     class_token: bool = True  # a learned token before the patches
     registers: int = 0  # learned tokens between class token and patches, without position
     pos_embed: Literal["learned", "sincos", "none"] = "learned"  # learned table, fixed 2-D sine-cosine, or nothing
+    # learned bias on the attention logits by the offset of two patches: one table for all blocks, or one for each
+    relative_position: RelativePositionName = "none"
     patch_norm: bool = False  # norm on the patch embedding, before positions are added (AIM, AIMv2)
     mask_token: bool = False  # a learned token in the place of masked patches (BEiT, SimMIM, DINOv2)
     pre_norm: bool = True  # norm before the first block (CLIP)
@@ -127,6 +130,12 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
             yield "patch_dropout", f"= {self.patch_dropout} is a share of the patches; it must lie in [0, 1)"
         if self.registers < 0:
             yield "registers", f"= {self.registers} must be at least 0"
+        if self.relative_position != "none" and (self.registers or self.patch_dropout):
+            yield (
+                "relative_position",
+                f"= {self.relative_position!r} knows the whole grid and a class token; set registers and patch_dropout "
+                "to 0, or relative_position to 'none'",
+            )
 
 
 class ViT(nn.Module):
@@ -171,7 +180,7 @@ class ViT(nn.Module):
             input, and "blocks" [L, B, T, D], every block's output.
 
         Raises:
-            ValueError: the images have another size than the config.
+            ValueError: the images have another size than the config, or patches are left out of a relative position.
         """
         config = self.config
         if images_BxHxWxC.shape[1:3] != config.image_shape:
@@ -179,6 +188,14 @@ class ViT(nn.Module):
                 f"this tower takes images of {config.image_shape[0]}x{config.image_shape[1]} (height x width), "
                 f"not {images_BxHxWxC.shape[1]}x{images_BxHxWxC.shape[2]}; resize them, or set image_size"
             )
+        relative = None
+        if config.relative_position != "none":
+            relative = RelativeGrid(config.grid, config.class_token)
+            if kept_BxK is not None:
+                raise ValueError("a tower with relative_position sees all patches; set it to 'none' to leave some out")
+        bias = None
+        if config.relative_position == "shared" and relative is not None:
+            bias = RelativePositionBias(relative, config.heads, name="relative_position")()
         init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim)
         x = self._embed(images_BxHxWxC, init, fold_in(keys, 0), masked_BxN, kept_BxK)
         embed = x
@@ -187,7 +204,9 @@ class ViT(nn.Module):
             x,
             fold_in(keys, 1),
             mask=attention_mask,
+            bias=bias,
             causal=causal,
+            relative=relative if config.relative_position == "per_block" else None,
             intermediates=intermediates,
             dtype=self.dtype,
         )

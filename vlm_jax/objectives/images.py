@@ -94,8 +94,10 @@ class ImageObjective(ModelObjective):
         return self._vector(self.encode(params, images))
 
     def image_tokens(self, params: Any, images: jax.Array, layers: tuple[int, ...]) -> jax.Array:
-        """See the base."""
+        """See the base; raises TypeError for layers of a tower in stages, whose blocks differ in width."""
         named = self.encode(params, images, intermediates=bool(layers))
+        if layers and "blocks" not in named:
+            raise TypeError(f"a {self.image_tower.kind()} tower has no blocks of one width to average; give no layers")
         tokens = named["blocks"][jnp.asarray(layers)].mean(axis=0) if layers else named["tokens"]
         return tokens[:, self.image_tower.prefix_tokens :].astype(jnp.float32)
 
