@@ -26,7 +26,6 @@ RECIPES = {
     "mae_h14": (4096, 2.4e-3, 40, 800, (0.9, 0.95), {"image/class_token", "decoder/mask_token"}),
     "simmim_swin_b": (2048, 4e-4, 10, 800, (0.9, 0.999), set()),
     "simmim_swin_b:100ep": (2048, 8e-4, 10, 100, (0.9, 0.999), set()),
-    "simmim_swin_l": (2048, 4e-4, 10, 800, (0.9, 0.999), set()),
     "simmim_vit_b16": (2048, 4e-4, 10, 800, (0.9, 0.999), {"image/mask_token"}),
 }
 # Parameters of everything that is trained: of transformers' ViTMAEForPreTraining (without its fixed positions) and
