@@ -19,6 +19,7 @@ from vlm_jax import orbax_noise
 from vlm_jax.checkpoint_format import find_step, read_arrays, read_meta, stored_params
 from vlm_jax.digest import flatten_paths
 from vlm_jax.models.position import resize_1d, resize_grid
+from vlm_jax.models.relative_position import resize_relative
 from vlm_jax.schema import ConfigError
 
 
@@ -32,7 +33,9 @@ class InitFrom:
     map: tuple[tuple[str, str], ...] = ()
     skip: tuple[str, ...] = ()  # patterns of this model's parameters that keep their random start
     ignore: tuple[str, ...] = ()  # patterns of the source's parameters that aren't needed
-    resize: tuple[str, ...] = (r"(.*/)?pos_embed",)  # patterns of position embeddings that may be resized
+    # patterns of position embeddings and of tables of relative positions that may be resized; a table that all blocks
+    # share in the source may be mapped to one for each block
+    resize: tuple[str, ...] = (r"(.*/)?pos_embed", r"(.*/)?relative_position/table")
     weights: Literal["ema", "params"] = "ema"  # the averaged parameters where the source has them, or the raw ones
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -85,7 +88,8 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
     for path, source_path in sources.items():
         old_shape, new_shape = tuple(source[source_path]["shape"]), ours[path].shape
         if any(re.fullmatch(pattern, path) for pattern in init_from.resize):
-            resize = _Resize(source_path, old_shape, path, new_shape, meta["config"], new_config)
+            kind = _TableResize if path.endswith("/table") else _Resize
+            resize = kind(source_path, old_shape, path, new_shape, meta["config"], new_config)
             if resize.needed():
                 resizes[path] = resize
                 problems += resize.problems()
@@ -187,11 +191,40 @@ class _Resize:
                 return resize_1d(table, self.new_shape[0])
 
 
+class _TableResize(_Resize):
+    """The resize of one table of relative positions ([layers,] offsets, heads), or its copies for every layer."""
+
+    def problems(self) -> Iterator[str]:
+        """Why it can't be done."""
+        what = f"{self.path}: {list(self.new_shape)} in this model, {list(self.old_shape)} in the source; "
+        copied = len(self.new_shape) == 3 and len(self.old_shape) == 2
+        layers_agree = copied or self.old_shape[:-2] == self.new_shape[:-2]
+        if not layers_agree or self.old_shape[-1] != self.new_shape[-1]:
+            yield what + "only the number of offsets can be resized"
+        elif self.old_grid is None or self.new_grid is None:
+            where = "source's" if self.old_grid is None else "new"
+            yield what + f"the {where} config has no single tower with image_size and patch_size for it"
+        elif self._beside(self.old_shape, self.old_grid) != self._beside(self.new_shape, self.new_grid):
+            yield what + f"beside the grids {self.new_grid} and {self.old_grid} they have different class tokens"
+
+    @staticmethod
+    def _beside(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
+        return shape[-2] - int(np.prod(2 * np.asarray(grid) - 1))
+
+    def __call__(self, table: np.ndarray) -> np.ndarray:
+        assert self.old_grid is not None and self.new_grid is not None, "see `problems`"
+        (old_rows, old_columns), (rows, columns) = self.old_grid, self.new_grid
+        stacked = table.reshape(-1, *table.shape[-2:])
+        resized = np.stack([resize_relative(one, (old_rows, old_columns), (rows, columns)) for one in stacked])
+        return np.broadcast_to(resized if len(self.new_shape) == 3 else resized[0], self.new_shape)
+
+
 def _grid(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
-    """(rows, columns) or (length,) of the tower to which the position embedding `path` belongs; None if unknown."""
+    """(rows, columns) or (length,) of the tower to which the positions at `path` belong; None if unknown."""
     towers = [(name, size) for name, node in _nodes("", config) if (size := _size(node)) is not None]
     parents = path.split("/")[:-1]
-    named = [size for name, size in towers if parents and name == parents[-1]] or [size for _, size in towers]
+    named = [[size for name, size in towers if name == parent] for parent in reversed(parents)]
+    named = next(filter(None, named), [size for _, size in towers])
     return named[0] if len(set(named)) == 1 else None
 
 

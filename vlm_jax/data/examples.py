@@ -1,10 +1,12 @@
 """Records to examples: the arrays of one row of a batch. Runs in worker processes, so nothing here needs JAX."""
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from vlm_jax.data import images
+from vlm_jax.data.block_masks import BlockMasks
 from vlm_jax.data.images import AugmentConfig, PreprocessConfig
 from vlm_jax.data.sources.base import BadRecord, Record
 from vlm_jax.data.text import Tokenizer
@@ -28,13 +30,18 @@ class Views:
 
     def __call__(self, record: Record, rng: np.random.Generator | None) -> np.ndarray:
         """uint8 [size, size, 3]; raises `BadRecord` when the image can't be decoded."""
-        try:
-            image = images.decode(record["image"])
-        except ValueError as error:
-            raise BadRecord(record["where"], record["key"], str(error)) from error
+        image = decoded(record)
         if rng is None or self.augment is None:
             return images.preprocess(image, self.preprocess, self.size)
         return images.training_view(image, rng, self.augment, self.preprocess, self.size)
+
+
+def decoded(record: Record) -> np.ndarray:
+    """The image of a record, uint8 [H, W, 3]; raises `BadRecord` when it can't be decoded."""
+    try:
+        return images.decode(record["image"])
+    except ValueError as error:
+        raise BadRecord(record["where"], record["key"], str(error)) from error
 
 
 def draw_caption(record: Record, rng: np.random.Generator | None) -> str:
@@ -82,6 +89,45 @@ class ImageExamples:
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
         """One row; raises `BadRecord`."""
         return {"image": self.views(record, rng)}
+
+
+class MaskedImages:
+    """What a masked image model with a visual tokenizer learns from.
+
+    `image` uint8 [size, size, 3], `code_image` uint8 [code_size, code_size, 3], the same crop for the tokenizer, and
+    `masked` bool [patches], which patches are hidden, in raster order. In evaluation the views are those of the
+    evaluation and the mask is one and the same.
+
+    Args:
+        size: of the model's images in pixels.
+        code_size: of the tokenizer's.
+        grid: (rows, columns) of patches.
+        masks: how they are drawn.
+        preprocess: the evaluation view.
+        augment: the random view of training; None trains on the evaluation view.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        code_size: int,
+        grid: tuple[int, int],
+        masks: BlockMasks,
+        preprocess: PreprocessConfig,
+        augment: AugmentConfig | None,
+    ):
+        self.sizes, self.grid, self.masks = (size, code_size), grid, masks
+        self.augment, self.filters = augment, (preprocess, replace(preprocess, interpolation="lanczos"))
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """One row; raises `BadRecord`."""
+        image = decoded(record)
+        if rng is None or self.augment is None:
+            view, code = (images.preprocess(image, f, s) for f, s in zip(self.filters, self.sizes, strict=True))
+        else:
+            view, code = images.two_views(image, rng, self.augment, *self.sizes)
+        mask = self.masks.draw(self.grid, np.random.default_rng(0) if rng is None else rng)
+        return {"image": view, "code_image": code, "masked": mask.reshape(-1)}
 
 
 class LabelledImages:

@@ -28,8 +28,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Interpolation = Literal["bicubic", "bilinear", "area"]
-_PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+Interpolation = Literal["bicubic", "bilinear", "lanczos", "area"]
+_PILLOW_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 # What Pillow's decoders raise on damaged files, beside OSError.
 _DECODER_ERRORS = (
@@ -45,7 +49,7 @@ class PreprocessConfig:
     # shortest: shorter side to size, then centre crop (CLIP). squash: both sides to size (SigLIP). longest: whole
     # image inside the square, the rest filled
     resize: Literal["shortest", "squash", "longest"] = "shortest"
-    # bicubic and bilinear are Pillow's, with antialiasing; area is OpenCV's, twice as fast, for large photographs
+    # bicubic, bilinear and lanczos are Pillow's, with antialiasing; area is OpenCV's, twice as fast, for large photos
     interpolation: Interpolation = "bicubic"
     # per-channel mean of pixels in [0, 1]
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -201,19 +205,49 @@ def training_view(
 
     What is switched off draws no random number.
     """
-    view = random_resized_crop(image, rng, config, size)
-    if config.color_jitter.on or config.grey or config.rand_augment.layers:
-        picture = Image.fromarray(np.ascontiguousarray(view))
-        if config.color_jitter.on:
-            picture = augment.color_jitter(picture, rng, config.color_jitter)
-        if config.grey and rng.random() < config.grey:
-            picture = augment.grey(picture)
-        if config.rand_augment.layers:
-            picture = augment.rand_augment(picture, rng, config.rand_augment)
-        view = np.asarray(picture)
+    view = _recoloured(random_resized_crop(image, rng, config, size), rng, config)
     if config.erasing.probability:
         view = augment.erase(view, rng, config.erasing, preprocess.mean, preprocess.std)
     return view
+
+
+def two_views(
+    image: np.ndarray, rng: np.random.Generator, config: AugmentConfig, size: int, other_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same crop twice, for a model and for the tokenizer that names its patches (BEiT, Bao et al. 2022).
+
+    As published, colours are changed and the image is flipped before it is cropped.
+
+    Args:
+        image: uint8 [H, W, 3].
+        rng: the example's generator.
+        config: crop, flip and colours; nothing is erased.
+        size: of the first view, resized by `config.interpolation`.
+        other_size: of the second, resized by Lanczos' filter.
+
+    Returns:
+        uint8 [size, size, 3] and [other_size, other_size, 3].
+    """
+    image = _recoloured(image, rng, config)
+    if config.flip and rng.random() < config.flip:
+        image = image[:, ::-1]
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], rng, config)
+    crop = np.ascontiguousarray(image[top : top + height, left : left + width])
+    return resize(crop, size, size, config.interpolation), resize(crop, other_size, other_size, "lanczos")
+
+
+def _recoloured(image: np.ndarray, rng: np.random.Generator, config: AugmentConfig) -> np.ndarray:
+    """Colours, grey and RandAugment; what is switched off draws no random number."""
+    if not (config.color_jitter.on or config.grey or config.rand_augment.layers):
+        return image
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if config.color_jitter.on:
+        picture = augment.color_jitter(picture, rng, config.color_jitter)
+    if config.grey and rng.random() < config.grey:
+        picture = augment.grey(picture)
+    if config.rand_augment.layers:
+        picture = augment.rand_augment(picture, rng, config.rand_augment)
+    return np.asarray(picture)
 
 
 def random_resized_crop(image: np.ndarray, rng: np.random.Generator, config: AugmentConfig, size: int) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 python -m vlm_jax.interop import --from=FILE_OR_DIR --to=DIR [--family=hf|open_clip|big_vision|official]
                                  [--activation=quick_gelu] [--tokenizer=FILE|none]
-                                 [--preprocess=clip|siglip|imagenet] [--allow_unexpected]
+                                 [--preprocess=clip|siglip|imagenet|inception|dalle]
+                                 [--allow_unexpected]
 python -m vlm_jax.interop export --from=CHECKPOINT --to=DIR --family=hf|open_clip|big_vision|official
                                  [--dtype=float16]
 """

@@ -162,7 +162,7 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
     if family in ("hf", "open_clip"):
         side = objective.image_size
         view = export_preprocess(model.config.data.preprocess, (side, side), family)
-    params = jax.tree.map(np.asarray, ours)
+    params = jax.tree.map(np.asarray, found.parameters(ours))
     tensors = from_params(params, found.rows(config), found.title) | found.constants(config)
     tensors = found.published(tensors)
     files.make_directory(target)

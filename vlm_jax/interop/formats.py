@@ -87,6 +87,10 @@ class Format:
         """Tensors under the names of `rows` as the library expects them in a file."""
         return tensors
 
+    def parameters(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What of a model's parameters the format holds; a part that has a format of its own is left out."""
+        return params
+
     def constants(self, config: Any) -> dict[str, np.ndarray]:
         """What a file holds that is no parameter of ours (fixed positions, indices), under canonical names."""
         return {}

@@ -15,6 +15,10 @@ KNOWN: dict[str, PreprocessConfig] = {
     "clip": PreprocessConfig(),
     "siglip": PreprocessConfig(resize="squash", mean=_HALF, std=_HALF),
     "imagenet": PreprocessConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    # BEiT on ImageNet-22k, and what else comes from Inception
+    "inception": PreprocessConfig(mean=_HALF, std=_HALF),
+    # pixels in [0, 1]
+    "dalle": PreprocessConfig(interpolation="lanczos", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
 }
 _HF_COMPUTED = {"do_resize": True, "do_rescale": True, "do_normalize": True}
 

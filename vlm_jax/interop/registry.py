@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from vlm_jax.interop.beit import Beit
 from vlm_jax.interop.big_vision import BigVisionSiglip
+from vlm_jax.interop.dalle import DalleEncoder
 from vlm_jax.interop.formats import Format, Library
+from vlm_jax.interop.hf_beit import HfBeit
 from vlm_jax.interop.hf_clip import HfClip
 from vlm_jax.interop.hf_siglip import HfSiglip
 from vlm_jax.interop.hf_swin import HfSwinSimMim
@@ -30,6 +33,9 @@ FORMATS: tuple[Format, ...] = (
     MaeEncoder(),
     HfSwinSimMim(),
     SwinSimMim(),
+    HfBeit(),
+    Beit(),
+    DalleEncoder(),
 )
 
 

@@ -4,7 +4,7 @@ Windows have a bias of their own, in `windows`. Positions that are added to the 
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -104,8 +104,9 @@ def resize_relative(table: ArrayLike, old_grid: tuple[int, int], new_grid: tuple
     old = [_stretched(old_side, new_side) for old_side, new_side in zip(old_grid, new_grid, strict=True)]
     new = [np.arange(1 - side, side, dtype=np.float64) for side in new_grid]
     degrees = [min(3, places.size - 1) for places in old]
+    spline: Any = RectBivariateSpline
     resized = [
-        RectBivariateSpline(*old, heads[:, :, head], kx=degrees[0], ky=degrees[1], s=0)(*new).reshape(-1)
+        spline(*old, heads[:, :, head], kx=degrees[0], ky=degrees[1], s=0)(*new).reshape(-1)
         for head in range(table.shape[1])
     ]
     return np.concatenate([np.stack(resized, axis=1).astype(table.dtype), table[count:]])

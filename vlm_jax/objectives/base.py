@@ -28,7 +28,7 @@ class ObjectiveConfig(Choice):
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The methods by name."""
         # Here and not on top: the members' modules import this one.
-        from vlm_jax.objectives import bag_of_words, caption, clip, coca, encoder, mae, siglip, simmim
+        from vlm_jax.objectives import bag_of_words, beit, caption, clip, coca, dvae, encoder, mae, siglip, simmim
 
         return {
             "clip": clip.ClipConfig,
@@ -38,6 +38,8 @@ class ObjectiveConfig(Choice):
             "bag_of_words": bag_of_words.BagOfWordsConfig,
             "encoder": encoder.EncoderConfig,
             "mae": mae.MaeConfig,
+            "beit": beit.BeitConfig,
+            "dvae": dvae.DvaeConfig,
             "simmim": simmim.SimMimConfig,
         }
 
