@@ -128,8 +128,7 @@ def test_a_trained_tokenizer_stays_bit_for_bit_and_owns_no_slots(tmp_path: Path)
         init_from=init_from,
         train__steps=3,
         train__ema_decay=0.9,
-        mesh__data=2,
-        mesh__fsdp=4,
+        mesh__data=8,
     )
     assert train(config, str(tmp_path / "run")) == 0
     model = vlm_jax.load(tmp_path / "run")
