@@ -28,7 +28,7 @@ class ObjectiveConfig(Choice):
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The methods by name."""
         # Here and not on top: the members' modules import this one.
-        from vlm_jax.objectives import aim, bag_of_words, caption, clip, coca, encoder, mae, siglip, simmim
+        from vlm_jax.objectives import aim, aimv2, bag_of_words, caption, clip, coca, encoder, mae, siglip, simmim
 
         return {
             "clip": clip.ClipConfig,
@@ -40,6 +40,7 @@ class ObjectiveConfig(Choice):
             "mae": mae.MaeConfig,
             "simmim": simmim.SimMimConfig,
             "aim": aim.AimConfig,
+            "aimv2": aimv2.Aimv2Config,
         }
 
     @property
