@@ -10,13 +10,12 @@ from flax.traverse_util import flatten_dict
 from golden_vectors import GoldenVectors
 
 from vlm_jax.data.images import PreprocessConfig
-from vlm_jax.interop.aim import APART, FUSED, head_rows, trunk_rows
-from vlm_jax.interop.tables import from_params, parameter_shapes, to_params
+from vlm_jax.interop.aim import AimBackbone, L3mAim
+from vlm_jax.interop.tables import from_params, to_params, without_constants
 from vlm_jax.losses.pixels import patch_square_error, patch_targets
 from vlm_jax.mesh import unbox
 from vlm_jax.models.aim import AIM, AimModelConfig, aim_trunk
 from vlm_jax.models.pixel_head import PixelHeadConfig
-from vlm_jax.models.position import sincos_2d
 from vlm_jax.objectives.aim import Aim, AimConfig
 from vlm_jax.objectives.patch_prediction import Autoregression, Plan
 from vlm_jax.schema import override, validate
@@ -32,15 +31,12 @@ def objective(**changes: Any) -> Aim:
     return config.build(PreprocessConfig(), jnp.float32)  # not square, so without validation
 
 
-def pretrain_rows() -> list[Any]:
-    return trunk_rows("preprocessor.blocks.0", APART) + head_rows()
-
-
 @pytest.fixture(scope="module")
 def params() -> Any:
-    weights = {name: value for name, value in PRETRAIN.weights.items() if not name.endswith("pos_embed")}
-    shapes = parameter_shapes(GOLDEN_MODEL.build(jnp.float32), jax.ShapeDtypeStruct((1, 18, 24, 3), jnp.float32))
-    return to_params(weights, pretrain_rows(), shapes, "ml-l3m")
+    form = L3mAim()
+    weights = without_constants(PRETRAIN.weights, form.constants(GOLDEN_MODEL), form.title)
+    assert len(PRETRAIN.weights) - len(weights) == 2  # the tables of positions, which are those that we compute
+    return to_params(weights, form.rows(GOLDEN_MODEL), form.shapes(GOLDEN_MODEL), form.title)
 
 
 def golden_plan() -> Plan:
@@ -79,7 +75,7 @@ def test_all_gradients(params: Any) -> None:
         total, count = objective().loss_of(params, PRETRAIN.images(), golden_plan())
         return total / count
 
-    gradients = from_params(jax.jit(jax.grad(mean))(params), pretrain_rows(), "ml-l3m")
+    gradients = from_params(jax.jit(jax.grad(mean))(params), L3mAim().rows(GOLDEN_MODEL), "ml-l3m")
     expected = {name.removeprefix("grad."): x for name, x in PRETRAIN.outputs.items() if name.startswith("grad.")}
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
@@ -100,18 +96,12 @@ def test_the_head_without_the_identity_residual(params: Any) -> None:
     assert float(total / count) == pytest.approx(float(PRETRAIN.outputs["loss_mlp_only_variant"]), rel=1e-5)
 
 
-def test_positions_are_the_stored_tables() -> None:
-    for name, width in (("preprocessor.blocks.0.pos_embed", 32), ("head.decoder_pos_embed", 20)):
-        np.testing.assert_allclose(sincos_2d(GRID, width), PRETRAIN.weights[name][0], atol=1e-6)
-
-
 def test_the_released_backbone_with_and_without_the_mask() -> None:
     """Downstream every patch sees every patch, and probes are given outputs of blocks, not of the last norm."""
     model = override(GOLDEN_MODEL, {"image.norm_eps": 1e-6, "head.form": "none"})
     weights = {name: x for name, x in BACKBONE.weights.items() if not name.startswith("head.")}
-    shapes = parameter_shapes(model.build(jnp.float32), jax.ShapeDtypeStruct((1, 18, 24, 3), jnp.float32))
-    shapes = {path: shape for path, shape in shapes.items() if path.startswith("image/")}
-    params = to_params(weights, trunk_rows("preprocessor", FUSED), shapes, "ml-aim")
+    form = AimBackbone()
+    params = to_params(weights, form.rows(model.image), form.shapes(model.image), form.title)
     aim = Aim(AimConfig(model=model), PreprocessConfig(), jnp.float32)
     images, expected = BACKBONE.images(), BACKBONE.outputs
     lengths = (~BACKBONE.inputs["mask"]).sum(axis=1)

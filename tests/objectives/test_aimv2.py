@@ -141,7 +141,7 @@ def test_flops_are_those_of_the_jaxpr() -> None:
 
 
 def test_weight_decay_follows_the_schedule_alone() -> None:
-    """p *= 1 - decay lr_t / lr_peak on what decays, by the recipe's own optimiser and parts; gradients are zero here."""
+    """p *= 1 - decay lr_t / lr_peak on what decays, by the recipe's optimiser and parts; gradients are 0."""
     config = load_config(f"{Path(__file__).parents[2]}/configs/aimv2_l14.py")
     leaves = {"image/blocks/mlp/fc1/kernel": 1, "image/pos_embed": 0, "decoder/norm/scale": 0, "decoder/start_token": 0}
     parts = Parts(config.parts, dict.fromkeys(leaves, ("embed",)), dict.fromkeys(leaves, (2,)))

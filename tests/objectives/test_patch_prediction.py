@@ -10,16 +10,19 @@ import tiny
 
 from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.flops import count_dot_flops
+from vlm_jax.losses.pixels import patch_targets
 from vlm_jax.mesh import batch_sharding, unbox
 from vlm_jax.models.aim import AimModelConfig, aim_trunk
 from vlm_jax.models.patches import patchify
 from vlm_jax.models.pixel_head import PixelHeadConfig
 from vlm_jax.objectives.aim import Aim, AimConfig
+from vlm_jax.objectives.base import normalise_images
 from vlm_jax.objectives.patch_prediction import (
     Autoregression,
     MaskedModelling,
     PatchPrediction,
     patch_order,
+    plan_pictures,
     prefix_lengths,
 )
 from vlm_jax.schema import ConfigError, override, validate
@@ -183,6 +186,28 @@ def test_targets_and_what_they_are_compared_with() -> None:
     total, count = aim.loss_of(params, images, plan)
     assert count == len(errors) == 13 + 7
     assert float(total) == pytest.approx(np.sum(errors), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", [Autoregression(order="checkerboard"), MaskedModelling()], ids=str)
+def test_pictures_show_each_prediction_at_the_patch_that_it_is_of(task: Any) -> None:
+    """A model that predicts the truth shows the image; what is grey is what is predicted."""
+    preprocess = PreprocessConfig()
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    normalised = normalise_images(jnp.asarray(images), preprocess)
+    plan = task.plan(keys(3), 3, (4, 4))
+    truth = patch_targets(normalised, 2, True)[:, plan.goals]
+    shown = plan_pictures(plan, normalised, truth, MODEL.image, True, preprocess)
+    assert np.abs(shown["prediction"].astype(int) - images.astype(int)).max() <= 1
+    grey = (np.asarray(patchify(shown["masked"], 2)) == 128).all(axis=-1)
+    expected = np.zeros((3, 16), bool)
+    for row in range(3):
+        expected[row, plan.goals[np.asarray(plan.predicted)[row]]] = True
+    np.testing.assert_array_equal(grey, expected)
+    aim = Aim(config(task), preprocess, jnp.float32)
+    params = unbox(jax.jit(aim.init)(jax.random.key(0))[0])
+    own = jax.jit(aim.reconstruct)(params, images, keys(3))
+    seen = (np.asarray(patchify(own["masked"], 2)) != 128).any(axis=-1)
+    np.testing.assert_array_equal(patchify(own["prediction"], 2)[seen], patchify(images, 2)[seen])
 
 
 @pytest.mark.parametrize("head", ["none", "mlp", "transformer"])

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vlm_jax.interop.aim import AimBackbone, L3mAim
+from vlm_jax.interop.aimv2 import Aimv2, HfAimv2
 from vlm_jax.interop.big_vision import BigVisionSiglip
 from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.hf_clip import HfClip
@@ -30,6 +32,10 @@ FORMATS: tuple[Format, ...] = (
     MaeEncoder(),
     HfSwinSimMim(),
     SwinSimMim(),
+    AimBackbone(),
+    L3mAim(),
+    Aimv2(),
+    HfAimv2(),
 )
 
 

@@ -19,7 +19,7 @@ from vlm_jax.models.stochastic import fold_in
 from vlm_jax.models.vit import ViTConfig
 from vlm_jax.objectives.base import normalise_images
 from vlm_jax.objectives.images import ImageObjective, ImagesConfig
-from vlm_jax.objectives.patch_prediction import Autoregression, PatchPrediction, Plan
+from vlm_jax.objectives.patch_prediction import Autoregression, PatchPrediction, Plan, plan_pictures
 from vlm_jax.step import Aux, Batch, Ratio
 
 
@@ -97,6 +97,14 @@ class Aim(ImageObjective):
             causal=plan.causal,
             intermediates=intermediates,
         )
+
+    def reconstruct(self, params: Any, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+        """See the base."""
+        images, tower = normalise_images(images, self.preprocess), self.config.image_tower
+        plan = self.config.masking.plan(fold_in(keys, 0), images.shape[0], tower.grid)
+        pixels_BxNxP = self.predict(params, images, plan)["pixels"]
+        normalised = self.config.target == "normalised"
+        return plan_pictures(plan, images, pixels_BxNxP, tower, normalised, self.preprocess)
 
 
 __all__ = ["Aim", "AimConfig"]

@@ -18,7 +18,7 @@ from vlm_jax.models.vit import ViTConfig
 from vlm_jax.objectives.base import normalise_images
 from vlm_jax.objectives.image_text import ImageTextConfig
 from vlm_jax.objectives.images import ImageObjective
-from vlm_jax.objectives.patch_prediction import Autoregression, Plan
+from vlm_jax.objectives.patch_prediction import Autoregression, Plan, plan_pictures
 from vlm_jax.schema import ConfigError
 from vlm_jax.step import Aux, Batch, Ratio
 
@@ -155,6 +155,14 @@ class Aimv2(ImageObjective):
         named = super().outputs(params, batch, intermediates)
         logits: Any = self.module.apply({"params": params}, named["image/tokens"], batch["text"], method="logits")
         return named | {"caption_logits": logits}
+
+    def reconstruct(self, params: Any, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+        """See the base; patches don't see the caption, so none is needed."""
+        images, tower = normalise_images(images, self.preprocess), self.config.image_tower
+        plan = Autoregression().plan(fold_in(keys, 0), images.shape[0], tower.grid)
+        texts = jnp.full((images.shape[0], self.config.text_sizes[1]), self.config.model.decoder.pad_id, jnp.int32)
+        outputs: Any = self.module.apply({"params": params}, images, texts, attention_mask=plan.attention_mask)
+        return plan_pictures(plan, images, outputs["pixels"], tower, True, self.preprocess)
 
     def _is_word(self, texts: jax.Array) -> jax.Array:
         return texts != self.config.model.decoder.pad_id

@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.data.images import PreprocessConfig
+from vlm_jax.losses.pixels import predicted_images
 from vlm_jax.mesh import constrain
+from vlm_jax.models.vit import ViTConfig
+from vlm_jax.objectives.images import pictures
 from vlm_jax.schema import Choice
 
 OrderName = Literal["raster", "spiral", "checkerboard", "random"]
@@ -34,6 +38,10 @@ class Plan(NamedTuple):
     masked: jax.Array | None = None
     attention_mask: jax.Array | None = None
     causal: bool = False
+
+    def in_place(self, outputs_BxN: jax.Array) -> jax.Array:
+        """[B, N, ...] at the patches that predict -> [B, N, ...] at those that are predicted."""
+        return outputs_BxN[:, np.argsort(self.goals)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +128,28 @@ class MaskedModelling(PatchPrediction):
         return Plan(np.arange(count), masked_BxN, masked=masked_BxN)
 
 
+def plan_pictures(
+    plan: Plan,
+    images: jax.Array,
+    predicted_BxNxP: jax.Array,
+    tower: ViTConfig,
+    normalised: bool,
+    preprocess: PreprocessConfig,
+) -> dict[str, jax.Array]:
+    """What `ModelObjective.reconstruct` returns; each patch is predicted with the true ones before it in view.
+
+    Args:
+        plan: what was hidden.
+        images: normalised float [B, H, W, 3].
+        predicted_BxNxP: the model's outputs at every patch.
+        tower: of the model.
+        normalised: whether each target patch has mean 0 and variance 1.
+        preprocess: the normalisation.
+    """
+    prediction = predicted_images(plan.in_place(predicted_BxNxP), images, tower.patch_size, normalised)
+    return pictures(images, prediction, plan.in_place(plan.predicted), tower.grid, preprocess)
+
+
 def patch_order(name: OrderName, grid: tuple[int, int], seed: int) -> np.ndarray:
     """The patches in the order in which they are predicted, int [N]: numbers in raster order.
 
@@ -171,6 +201,7 @@ __all__ = [
     "PatchPrediction",
     "Plan",
     "patch_order",
+    "plan_pictures",
     "prefix_lengths",
     "prefix_mask",
 ]
