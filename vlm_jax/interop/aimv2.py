@@ -1,7 +1,7 @@
 """AIMv2's encoders: the authors' files (ml-aim; the Hub's too), and Hugging Face's Aimv2VisionModel."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_jax.interop.aim import HEAD_WIDTH, heads_of_128, is_aim_trunk
@@ -12,7 +12,6 @@ from vlm_jax.models.vit import ViTConfig
 
 _BLOCK, _HF_BLOCK = "trunk.blocks.{layer}.", "encoder.layers.{layer}."
 _POSITIONS, _HF_POSITIONS = "preprocessor.pos_embed", "embeddings.position_embedding.weight"
-_PARTS = ("query", "key", "value")
 # What all published encoders have in common.
 _FORM = ("pool", "class_token", "registers", "patch_norm", "mask_token", "pre_norm", "post_norm", "patch_bias")
 _FORM += ("gated", "norm", "qkv_bias", "out_bias", "mlp_bias", "layer_scale_init", "activation")
@@ -48,23 +47,17 @@ class Aimv2(Aimv2Format):
 
     def rows(self, config: ViTConfig) -> list[Row]:
         """See the base."""
+        fused = [f"attn.qkv.weight#{i}/3" for i in range(3)]
         block = [
-            *(Row(f"attn/{name}/kernel", f"attn.qkv.weight#{i}/3", "to_heads") for i, name in enumerate(_PARTS)),
-            Row("attn/out/kernel", "attn.proj.weight", "from_heads"),
-            Row("mlp/gate/kernel", "mlp.fc1.weight", "linear"),
-            Row("mlp/fc1/kernel", "mlp.fc3.weight", "linear"),
-            Row("mlp/fc2/kernel", "mlp.fc2.weight", "linear"),
-            rms_norm("ln_1", "norm_1"),
-            rms_norm("ln_2", "norm_2"),
+            *fused,
+            "attn.proj.weight",
+            *(f"mlp.{name}.weight" for name in ("fc1", "fc3", "fc2")),
+            "norm_1",
+            "norm_2",
         ]
-        rows = [
-            *affine("patch_embed", "preprocessor.patchifier.proj", "conv"),
-            rms_norm("patch_norm", "preprocessor.patchifier.norm"),
-            *([Row("pos_embed", _POSITIONS, "batch_of_one")] if config.pos_embed == "learned" else []),
-            *within(block, "blocks/", _BLOCK),
-            rms_norm("ln_post", "trunk.post_trunk_norm"),
-        ]
-        return within(rows, "image/", "")
+        ends = ("preprocessor.patchifier.proj", "preprocessor.patchifier.norm", "trunk.post_trunk_norm")
+        positions = [Row("image/pos_embed", _POSITIONS, "batch_of_one")]
+        return encoder_rows(ends, _BLOCK, block) + (positions if config.pos_embed == "learned" else [])
 
     def read_config(self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None) -> ViTConfig:
         """See the base. Without a table of positions it is a model of native resolution, of any grid."""
@@ -93,23 +86,11 @@ class HfAimv2(Aimv2Format):
 
     def rows(self, config: ViTConfig) -> list[Row]:
         """See the base."""
-        block = [
-            *(Row(f"attn/{name}/kernel", f"attention.{name[0]}_proj.weight", "to_heads") for name in _PARTS),
-            Row("attn/out/kernel", "attention.out_proj.weight", "from_heads"),
-            Row("mlp/gate/kernel", "ffn.gate_proj.weight", "linear"),
-            Row("mlp/fc1/kernel", "ffn.up_proj.weight", "linear"),
-            Row("mlp/fc2/kernel", "ffn.down_proj.weight", "linear"),
-            rms_norm("ln_1", "rms_norm1"),
-            rms_norm("ln_2", "rms_norm2"),
-        ]
-        rows = [
-            *affine("patch_embed", "embeddings.patch_embed", "conv"),
-            rms_norm("patch_norm", "embeddings.rms_norm"),
-            *([Row("pos_embed", _HF_POSITIONS, "same")] if config.pos_embed == "learned" else []),
-            *within(block, "blocks/", _HF_BLOCK),
-            rms_norm("ln_post", "rms_norm"),
-        ]
-        return within(rows, "image/", "")
+        attention = [f"attention.{name}_proj.weight" for name in ("q", "k", "v", "out")]
+        block = [*attention, *(f"ffn.{name}_proj.weight" for name in ("gate", "up", "down")), "rms_norm1", "rms_norm2"]
+        ends = ("embeddings.patch_embed", "embeddings.rms_norm", "rms_norm")
+        positions = [Row("image/pos_embed", _HF_POSITIONS, "same")]
+        return encoder_rows(ends, _HF_BLOCK, block) + (positions if config.pos_embed == "learned" else [])
 
     def read_config(self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None) -> ViTConfig:
         """See the base."""
@@ -153,9 +134,27 @@ class HfAimv2(Aimv2Format):
         }
 
 
-def rms_norm(ours: str, theirs: str) -> Row:
-    """The scale of a normalisation that has no bias."""
-    return Row(f"{ours}/scale", f"{theirs}.weight", "same")
+_LEAVES = tuple((f"attn/{name}/kernel", "to_heads") for name in ("query", "key", "value"))
+_LEAVES += (("attn/out/kernel", "from_heads"), *((f"mlp/{name}/kernel", "linear") for name in ("gate", "fc1", "fc2")))
+
+
+def encoder_rows(ends: tuple[str, str, str], block: str, names: Sequence[str]) -> list[Row]:
+    """The encoder but for its positions, at `image/`.
+
+    Args:
+        ends: their names of the convolution of patches, and of the norms after it and after the last block.
+        block: prefix of a block's names, with `{layer}`.
+        names: in a block, of query, key, value, output, gate, the other first matrix of the MLP, its last, both norms.
+    """
+    rows = [Row(ours, theirs, layout) for (ours, layout), theirs in zip(_LEAVES, names[:-2], strict=True)]
+    rows += [Row(f"ln_{i}/scale", f"{theirs}.weight", "same") for i, theirs in enumerate(names[-2:], 1)]
+    patches, patch_norm, last_norm = ends
+    return [
+        *affine("image/patch_embed", patches, "conv"),
+        Row("image/patch_norm/scale", f"{patch_norm}.weight", "same"),
+        *within(rows, "image/blocks/", block),
+        Row("image/ln_post/scale", f"{last_norm}.weight", "same"),
+    ]
 
 
 __all__ = ["Aimv2", "HfAimv2"]
