@@ -72,7 +72,7 @@ def recipe(name: str, size: str, steps: int) -> Config:
             schedule=Cosine(warmup_steps=steps // 40),
         ),
         parts=(Part("image", "image/.*"), Part("head", "head/.*")),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
         train=TrainConfig(steps=steps, log_every=100),
         checkpoint=CheckpointConfig(every=2000, keep=3, keep_every=50_000),
     )

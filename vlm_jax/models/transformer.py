@@ -149,9 +149,7 @@ class Block(nn.Module):
             x_BxTxD = self._add_mlp(x_BxTxD, init, rate, fold_in(keys, 1))
         return x_BxTxD, x_BxTxD if self.keep_output else None
 
-    def _add_mlp(
-        self, x: jax.Array, init: Initializers, rate: jax.Array, keys: jax.Array | None
-    ) -> jax.Array:
+    def _add_mlp(self, x: jax.Array, init: Initializers, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         config = self.config
         mlp = MLP(
             config.mlp_dim,
