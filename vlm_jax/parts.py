@@ -24,7 +24,9 @@ GAINS_AND_BIASES = (
     r"(.*/)?(bias|scale|layer_scale\w*|class_token|registers|logit_scale|logit_bias|running_mean|running_variance)"
 )
 # What stands before the first block, for layer-wise decay (BEiT, MAE: layer 0).
-_EMBEDDINGS = re.compile(r"(.*/)?(patch_embed|pos_embed|class_token|registers|token_embed|ln_pre)(/.*)?")
+_EMBEDDINGS = re.compile(
+    r"(.*/)?(patch_embed|patch_norm|pos_embed|class_token|mask_token|registers|token_embed|ln_pre)(/.*)?"
+)
 _BLOCKS = re.compile(r"(.*/)?blocks/.*")
 
 

@@ -27,6 +27,7 @@ from vlm_jax.interop.tokenizer_export import export_tokenizer
 from vlm_jax.interop.tokenizer_import import import_tokenizer
 from vlm_jax.loading import Model, load
 from vlm_jax.objectives.base import ObjectiveConfig
+from vlm_jax.objectives.image_text import ImageTextConfig
 from vlm_jax.objectives.images import ImagesConfig
 from vlm_jax.optim import AdamW
 
@@ -35,6 +36,7 @@ WEIGHT_FILES: dict[Library, str] = {
     "open_clip": "open_clip_model.safetensors",
     "big_vision": "model.npz",
     "official": "model.safetensors",
+    "ml_l3m": "model.safetensors",
 }
 
 
@@ -155,7 +157,7 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
     """
     model = load(source)
     objective = model.config.objective
-    config, ours = _exported(objective, model.params, source)
+    config, ours = _exported(objective, model.params, family, source)
     found = for_export(config, family)
     settings = found.write_config(config)
     view = {}
@@ -176,19 +178,21 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
     return f"exported {len(tensors)} tensors as {found.title} to {target}; tokenizer: {note}"
 
 
-def _exported(objective: ObjectiveConfig, params: Any, source: Path) -> tuple[Any, Any]:
-    """(config, parameters) of what some library has: the whole model, or else its image tower."""
-    whole = vars(objective).get("model")
-    if any(known.claims(whole) for known in FORMATS):
-        return whole, params
-    if isinstance(objective, ImagesConfig) and any(known.claims(objective.image_tower) for known in FORMATS):
-        return objective.image_tower, {"image": params["image"]}
+def _exported(objective: ObjectiveConfig, params: Any, family: Library, source: Path) -> tuple[Any, Any]:
+    """(config, parameters) of what the family has, or else some other: the whole model, or its image tower."""
+    offers = [(vars(objective).get("model"), params)]
+    if isinstance(objective, ImagesConfig | ImageTextConfig):
+        offers.append((objective.image_tower, {"image": params["image"]}))
+    for formats in ([known for known in FORMATS if known.library == family], FORMATS):
+        for config, ours in offers:
+            if any(known.claims(config) for known in formats):
+                return config, ours
     raise ConversionError(f"{source} holds a {objective.kind()} model, which no library here has")
 
 
 def _write_tokenizer(model: Model, target: Path, family: Library, settings: dict[str, Any]) -> str:
     """Writes the tokenizer's files where the library reads them; open_clip's settings then point to them."""
-    if family in ("big_vision", "official") or model.tokenizer is None:
+    if family in ("big_vision", "official", "ml_l3m") or model.tokenizer is None:
         return "none is written" if model.tokenizer else "the checkpoint has none"
     if family == "open_clip" and _is_clips(model.tokenizer):
         return "open_clip's own"

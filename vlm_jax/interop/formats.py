@@ -28,9 +28,9 @@ from vlm_jax.objectives.coca import CoCaConfig
 from vlm_jax.objectives.encoder import EncoderConfig, EncoderModelConfig, EncoderModule
 from vlm_jax.objectives.siglip import SiglipConfig
 
-# "official" are the authors' own files of a method whose code base is no library
-Library = Literal["hf", "open_clip", "big_vision", "official"]
-LIBRARIES: tuple[Library, ...] = ("hf", "open_clip", "big_vision", "official")
+# "official" are the authors' own files of a method whose code base is no library; ml-l3m trains several of them
+Library = Literal["hf", "open_clip", "big_vision", "official", "ml_l3m"]
+LIBRARIES: tuple[Library, ...] = ("hf", "open_clip", "big_vision", "official", "ml_l3m")
 
 
 class Format:

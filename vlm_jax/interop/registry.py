@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vlm_jax.interop.aim import AimBackbone, L3mAim
+from vlm_jax.interop.aimv2 import Aimv2, HfAimv2
 from vlm_jax.interop.beit import Beit
 from vlm_jax.interop.big_vision import BigVisionSiglip
 from vlm_jax.interop.dalle import DalleEncoder
@@ -36,6 +38,10 @@ FORMATS: tuple[Format, ...] = (
     HfBeit(),
     Beit(),
     DalleEncoder(),
+    AimBackbone(),
+    L3mAim(),
+    Aimv2(),
+    HfAimv2(),
 )
 
 

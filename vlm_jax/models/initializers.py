@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, truncated_normal, zeros
 
 Initializer = Callable[..., jax.Array]
-InitName = Literal["clip_image", "clip_text", "siglip", "mae", "vit", "swin", "beit"]
+InitName = Literal["clip_image", "clip_text", "siglip", "mae", "aim", "vit", "swin", "beit"]
 
 
 class Initializers(NamedTuple):
@@ -152,6 +152,21 @@ def mae(width: int, depth: int, mlp_dim: int) -> Initializers:
     )
 
 
+def aim(width: int, depth: int, mlp_dim: int) -> Initializers:
+    """ml-l3m's AIM and AIMv2: Xavier on every matrix, query, key and value apart, and torch's bias of the patches."""
+    return siglip(width, depth, mlp_dim)._replace(
+        fc1_bias=zeros,
+        fc2_bias=zeros,
+        patch_kernel=lambda fan_in: xavier_uniform(fan_in, width),
+        patch_bias=torch_linear,
+        class_token=normal(0.02),
+        mask_token=normal(0.02),
+        position=normal(0.02),
+        token=normal(0.02),
+        projection=xavier_uniform(width, width),
+    )
+
+
 def vit(width: int, depth: int, mlp_dim: int) -> Initializers:
     """Normal of spread 0.02 with zero biases: timm, DeiT, BEiT, DINO (their truncation is at 100 sigma or none)."""
     spread = normal(0.02)
@@ -205,6 +220,7 @@ INITIALIZERS: dict[str, Callable[[int, int, int], Initializers]] = {
     "clip_text": clip_text,
     "siglip": siglip,
     "mae": mae,
+    "aim": aim,
     "vit": vit,
     "swin": swin,
     "beit": beit,

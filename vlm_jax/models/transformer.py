@@ -146,18 +146,22 @@ class Block(nn.Module):
         branch = attention(normed, context_BxSxC, mask=mask, bias=bias, causal=self.causal)
         x_BxTxD = checkpoint_name(self._add(x_BxTxD, branch, "layer_scale_1", rate, fold_in(keys, 0)), "middle")
         if config.mlp_dim:
-            mlp = MLP(
-                config.mlp_dim,
-                config.activation,
-                init,
-                config.mlp_bias,
-                config.gated,
-                dtype=self.dtype,
-                name="mlp",
-            )
-            branch = mlp(norm(config.norm_eps, name="ln_2")(x_BxTxD))
-            x_BxTxD = self._add(x_BxTxD, branch, "layer_scale_2", rate, fold_in(keys, 1))
+            x_BxTxD = self._add_mlp(x_BxTxD, init, rate, fold_in(keys, 1))
         return x_BxTxD, x_BxTxD if self.keep_output else None
+
+    def _add_mlp(self, x: jax.Array, init: Initializers, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+        config = self.config
+        mlp = MLP(
+            config.mlp_dim,
+            config.activation,
+            init,
+            config.mlp_bias,
+            config.gated,
+            dtype=self.dtype,
+            name="mlp",
+        )
+        branch = mlp(NORMS[config.norm](config.norm_eps, name="ln_2")(x))
+        return self._add(x, branch, "layer_scale_2", rate, keys)
 
     def _add(self, x: jax.Array, branch: jax.Array, scale: str, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         config = self.config
@@ -238,6 +242,7 @@ def run_blocks(
     relative: RelativeGrid | None = None,
     intermediates: bool = False,
     dtype: Dtype = jnp.float32,
+    block: type[nn.Module] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Runs the stack, as the submodule `blocks` of the compact module that calls this.
 
@@ -252,6 +257,8 @@ def run_blocks(
         relative: the tokens between which each block learns a bias of its own; None: none does. Not with a context.
         intermediates: whether to keep each block's output.
         dtype: compute dtype, also of the residual stream.
+        block: another kind of block with the attributes and arguments of `Block`; None: that, or with a context
+            `CrossBlock`.
 
     Returns:
         The last block's output [B, T, D], and all outputs [L, B, T, D] or None (also for a stack of no blocks).
@@ -259,8 +266,8 @@ def run_blocks(
     x_BxTxD = constrain(x_BxTxD.astype(dtype), "batch", "length", "embed")
     if config.depth == 0:
         return x_BxTxD, None
-    block: Any = Block if context_BxSxC is None else CrossBlock
-    stack = scanned(block, config.depth, config.remat, config.scan, broadcast=4)
+    kind: Any = block or (Block if context_BxSxC is None else CrossBlock)
+    stack = scanned(kind, config.depth, config.remat, config.scan, broadcast=4)
     init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim)
     # numpy, so that the rates are the same fp32 numbers on every platform
     rates = np.linspace(0.0, config.drop_path, config.depth, dtype=np.float32)

@@ -28,7 +28,20 @@ class ObjectiveConfig(Choice):
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The methods by name."""
         # Here and not on top: the members' modules import this one.
-        from vlm_jax.objectives import bag_of_words, beit, caption, clip, coca, dvae, encoder, mae, siglip, simmim
+        from vlm_jax.objectives import (
+            aim,
+            aimv2,
+            bag_of_words,
+            beit,
+            caption,
+            clip,
+            coca,
+            dvae,
+            encoder,
+            mae,
+            siglip,
+            simmim,
+        )
 
         return {
             "clip": clip.ClipConfig,
@@ -41,6 +54,8 @@ class ObjectiveConfig(Choice):
             "beit": beit.BeitConfig,
             "dvae": dvae.DvaeConfig,
             "simmim": simmim.SimMimConfig,
+            "aim": aim.AimConfig,
+            "aimv2": aimv2.Aimv2Config,
         }
 
     @property

@@ -19,6 +19,7 @@ from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig, denormalise_images, normalise_images
+from vlm_jax.objectives.image_text import ImageTextConfig
 
 GREY = 128  # of what is hidden, in pictures
 
@@ -70,7 +71,9 @@ class ImageObjective(ModelObjective):
         tower: the image tower's module, `tower.apply({"params": params["image"]}, ...)`.
     """
 
-    def __init__(self, config: ImagesConfig, module: nn.Module, preprocess: PreprocessConfig, dtype: Dtype):
+    def __init__(
+        self, config: ImagesConfig | ImageTextConfig, module: nn.Module, preprocess: PreprocessConfig, dtype: Dtype
+    ):
         self.module, self.preprocess = module, preprocess
         self.image_tower, self.tower = config.image_tower, config.image_tower.build(None, dtype)
 
