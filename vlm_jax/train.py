@@ -104,6 +104,7 @@ class _Run:
         self.checkpointer = Checkpointer(os.path.join(workdir, "checkpoints"), config.checkpoint)
         self._check_same_run()
         self.source = config.data.build_source(index_directory(workdir))
+        config.objective.check_source(self.source)
         with self.ledger.spend("restore"):
             restored = self.checkpointer.restore(program.setup.abstract)
         meta: Mapping[str, Any] = {} if restored is None else restored[1]

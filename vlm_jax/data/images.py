@@ -49,6 +49,8 @@ class PreprocessConfig:
     # shortest: shorter side to size, then centre crop (CLIP). squash: both sides to size (SigLIP). longest: whole
     # image inside the square, the rest filled
     resize: Literal["shortest", "squash", "longest"] = "shortest"
+    # with `shortest`: share of the resized shorter side that the centre crop keeps; 0.875 takes 224 pixels out of 256
+    crop: float = 1.0
     # bicubic, bilinear and lanczos are Pillow's, with antialiasing; area is OpenCV's, twice as fast, for large photos
     interpolation: Interpolation = "bicubic"
     # per-channel mean of pixels in [0, 1]
@@ -60,6 +62,10 @@ class PreprocessConfig:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values outside of their range."""
+        if not 0 < self.crop <= 1:
+            yield "crop", f"= {self.crop} must lie in (0, 1]"
+        elif self.crop < 1 and self.resize != "shortest":
+            yield "crop", f"= {self.crop} has no effect with resize = {self.resize!r}; set resize = 'shortest'"
         if min(self.std) <= 0:
             yield "std", f"= {self.std} must be positive in every channel"
         if not all(0 <= value <= 255 for value in self.fill):
@@ -190,9 +196,10 @@ def preprocess(image: np.ndarray, config: PreprocessConfig, size: int) -> np.nda
         small = resize(image, new_width, new_height, config.interpolation)
         padded[top : top + new_height, left : left + new_width] = small
         return padded
+    shorter = max(size, int(size / config.crop))
     # torchvision truncates the longer side and rounds the corner half to even
-    new_height = size if height <= width else int(size * height / width)
-    new_width = size if width <= height else int(size * width / height)
+    new_height = shorter if height <= width else int(shorter * height / width)
+    new_width = shorter if width <= height else int(shorter * width / height)
     resized = resize(image, new_width, new_height, config.interpolation)
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return resized[top : top + size, left : left + size]

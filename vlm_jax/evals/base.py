@@ -42,12 +42,21 @@ class Encoder(Protocol):
         """Whether features of images and texts may be compared; else `prompt_scores` compares them."""
         ...
 
+    @property
+    def class_count(self) -> int:
+        """Classes that the model's own head tells apart; 0 where it has none."""
+        ...
+
     def image_features(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3], sharded over the batch axes -> L2-normalised features [B, E]."""
         ...
 
     def image_vectors(self, params: Any, images_BxHxWx3: jax.Array, which: Vectors) -> jax.Array:
         """As `image_features`, for a classifier on frozen features: [B, D], not normalised."""
+        ...
+
+    def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
+        """Images as above -> [B, C], a score for each of the model's own classes; higher = likelier."""
         ...
 
     def text_features(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:
@@ -145,7 +154,7 @@ class EvalConfig(schema.Choice):
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The evaluations by name."""
         # Here and not on top: the members' modules import this one.
-        from vlm_jax.evals import few_shot, knn, linear_probe, retrieval, zero_shot
+        from vlm_jax.evals import accuracy, few_shot, knn, linear_probe, retrieval, zero_shot
 
         return {
             "zero_shot": zero_shot.ZeroShotConfig,
@@ -153,6 +162,7 @@ class EvalConfig(schema.Choice):
             "linear_probe": linear_probe.LinearProbeConfig,
             "knn": knn.KnnConfig,
             "few_shot": few_shot.FewShotConfig,
+            "accuracy": accuracy.AccuracyConfig,
         }
 
     def problems(self) -> Iterator[tuple[str, str]]:

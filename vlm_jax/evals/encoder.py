@@ -36,11 +36,12 @@ class MeshEncoder:
         self._sharding = batch_sharding(mesh)
         self.shards = self._sharding.num_devices // (mesh.shape.get("tensor", 1) * mesh.shape.get("sequence", 1))
         self.batch_size = -(-batch_size // self.shards) * self.shards
-        self.joint_space = objective.joint_space
+        self.joint_space, self.class_count = objective.joint_space, objective.class_count
         self._labelled = LabelledImages(image_size, objective.preprocess)
         self._views = Views(image_size, objective.preprocess, augment=None)
         self._image = jax.jit(objective.image_features)
         self._vectors = jax.jit(objective.image_vectors, static_argnums=2)
+        self._classes = jax.jit(objective.class_scores)
         self._text = jax.jit(objective.text_features)
         self._scores = jax.jit(objective.prompt_scores)
 
@@ -58,6 +59,11 @@ class MeshEncoder:
         """uint8 [B, H, W, 3] -> [B, D]."""
         with jax.set_mesh(self._mesh):
             return self._vectors(params, images_BxHxWx3, which)
+
+    def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
+        """uint8 [B, H, W, 3] -> [B, C]."""
+        with jax.set_mesh(self._mesh):
+            return self._classes(params, images_BxHxWx3)
 
     def text_features(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:
         """int32 [B, L] -> [B, E]."""

@@ -74,6 +74,8 @@ def export_preprocess(config: PreprocessConfig, image_shape: tuple[int, int], li
     """The inverse of `import_preprocess`; raises `ConversionError` for what the library's file can't say."""
     if config.interpolation not in PILLOW_FILTERS:
         raise ConversionError(f"the {library} files can't express interpolation {config.interpolation!r}")
+    if config.crop != 1.0 and library == "open_clip":
+        raise ConversionError(f"the open_clip files can't express crop = {config.crop}; set data.preprocess.crop = 1.0")
     if library == "open_clip":
         return {
             "size": list(image_shape),
@@ -88,7 +90,10 @@ def export_preprocess(config: PreprocessConfig, image_shape: tuple[int, int], li
     squash = config.resize == "squash"
     resizing = {"image_processor_type": "SiglipImageProcessor", "size": sides}
     if not squash:
-        resizing = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": min(image_shape)}}
+        resizing = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": int(min(image_shape) / config.crop)},
+        }
         resizing |= {"do_center_crop": True, "crop_size": sides}
     return {
         **resizing,

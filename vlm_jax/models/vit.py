@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
+from jax.nn.initializers import constant
 
 from vlm_jax.flops import vit_flops
 from vlm_jax.mesh import constrain
@@ -35,7 +36,8 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
     pool: Literal["cls", "mean", "map", "none"] = "cls"  # class token, mean of patches, attention pooling, nothing
     class_token: bool = True  # a learned token before the patches
     registers: int = 0  # learned tokens between class token and patches, without position
-    pos_embed: Literal["learned", "sincos", "none"] = "learned"  # learned table, fixed 2-D sine-cosine, or nothing
+    # learned table; fixed 2-D sine-cosine; a learned table that starts there (fine-tuning in MAE); or nothing
+    pos_embed: Literal["learned", "sincos", "sincos_learned", "none"] = "learned"
     # learned bias on the attention logits by the offset of two patches: one table for all blocks, or one for each
     relative_position: RelativePositionName = "none"
     patch_norm: bool = False  # norm on the patch embedding, before positions are added (AIM, AIMv2)
@@ -124,8 +126,8 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
             yield "patch_size", f"= {self.patch_size} does not divide image_size {height}x{width}; use one of {near}"
         if self.pool == "cls" and not self.class_token:
             yield "pool", "= 'cls' needs class_token = true; set it, or pool by 'mean' or 'map'"
-        if self.pos_embed == "sincos" and self.width % 4:
-            yield "pos_embed", f"= 'sincos' needs a width divisible by 4, not {self.width}"
+        if self.pos_embed in ("sincos", "sincos_learned") and self.width % 4:
+            yield "pos_embed", f"= {self.pos_embed!r} needs a width divisible by 4, not {self.width}"
         if not 0 <= self.patch_dropout < 1:
             yield "patch_dropout", f"= {self.patch_dropout} is a share of the patches; it must lie in [0, 1)"
         if self.registers < 0:
@@ -261,10 +263,14 @@ class ViT(nn.Module):
         config = self.config
         if config.pos_embed == "none":
             return jnp.zeros((class_positions + config.patches, config.width), self.dtype)
-        if config.pos_embed == "sincos":
-            return jnp.asarray(sincos_2d(config.grid, config.width, class_positions), self.dtype)
+        start = init.position
+        if config.pos_embed in ("sincos", "sincos_learned"):
+            table = sincos_2d(config.grid, config.width, class_positions)
+            if config.pos_embed == "sincos":
+                return jnp.asarray(table, self.dtype)
+            start = constant(table)
         shape = (class_positions + config.patches, config.width)
-        return weight(self, "pos_embed", init.position, (None, "embed"), shape).astype(self.dtype)
+        return weight(self, "pos_embed", start, (None, "embed"), shape).astype(self.dtype)
 
     def _pool(self, x: jax.Array, init: Initializers) -> dict[str, jax.Array]:
         config = self.config

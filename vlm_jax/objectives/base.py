@@ -15,6 +15,7 @@ from flax.typing import Dtype
 from vlm_jax.data.examples import MakeExample
 from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
+from vlm_jax.data.sources import Source
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.schema import Choice
 from vlm_jax.step import Objective
@@ -34,6 +35,7 @@ class ObjectiveConfig(Choice):
             bag_of_words,
             beit,
             caption,
+            classify,
             clip,
             coca,
             dvae,
@@ -56,6 +58,7 @@ class ObjectiveConfig(Choice):
             "simmim": simmim.SimMimConfig,
             "aim": aim.AimConfig,
             "aimv2": aimv2.Aimv2Config,
+            "classify": classify.ClassifyConfig,
         }
 
     @property
@@ -84,6 +87,9 @@ class ObjectiveConfig(Choice):
         """Conflicts with the data config: (key relative to the whole config, sentence)."""
         yield from ()
 
+    def check_source(self, source: Source) -> None:
+        """Raises `ConfigError` when the source, once it is open, does not fit the method."""
+
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises `ConfigError` when the tokenizer, once it is built, does not fit the model."""
 
@@ -106,9 +112,11 @@ class ModelObjective(Objective):
         module: the Flax module; `module.apply({"params": params}, ...)`.
         preprocess: its normalisation.
         joint_space: whether features of images and texts may be compared; else `prompt_scores` compares them.
+        class_count: classes that its own head tells apart (`class_scores`); 0 for a method without such a head.
     """
 
     joint_space: bool = True
+    class_count: int = 0
 
     module: nn.Module
     preprocess: PreprocessConfig
@@ -145,6 +153,10 @@ class ModelObjective(Objective):
                 the tokens after the tower's last norm.
         """
         raise TypeError(f"{type(self).__name__} has no image tokens")
+
+    def class_scores(self, params: Any, images: jax.Array) -> jax.Array:
+        """uint8 or normalised float [B, H, W, 3] -> fp32 [B, C], a score a class; the higher, the likelier."""
+        raise TypeError(f"{type(self).__name__} has no classes of its own")
 
     def reconstruct(self, params: Any, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
         """What the method makes of the pixels that it hides, as pictures.
