@@ -18,6 +18,7 @@ from vlm_jax.data.sources import Source
 from vlm_jax.data.text import SentencePieceConfig, Tokenizer, build_tokenizer
 from vlm_jax.evals.base import Evaluator
 from vlm_jax.evals.encoder import MeshEncoder
+from vlm_jax.evals.held_out import HeldOut
 from vlm_jax.flops import chip_name
 from vlm_jax.mesh import batch_sharding, make_mesh, shardings
 from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig
@@ -178,7 +179,12 @@ def build_evaluators(
     config: Config, objective: ModelObjective, tokenizer: Tokenizer | None, mesh: Mesh, cache_dir: str
 ) -> list[tuple[int, Evaluator]]:
     """(every, evaluator) of each evaluation of the config; `every` = 0: whenever the loop evaluates."""
-    encoder = MeshEncoder(objective, tokenizer, config.objective.image_size, mesh, config.data.batch_size)
+    method, dtype = config.objective.without_dropping(), config.compute_dtype(mesh.devices.flat[0].platform)
+    plain_views = dataclasses.replace(config.data, augment=None)
+    held_out = HeldOut(
+        method.build(config.data.preprocess, dtype), config.objective.make_example(tokenizer, plain_views)
+    )
+    encoder = MeshEncoder(objective, tokenizer, config.objective.image_size, mesh, config.data.batch_size, held_out)
     return [(entry.every, entry.build(encoder, cache_dir)) for entry in config.evals]
 
 

@@ -1,4 +1,4 @@
-"""Classification: its loss against PyTorch's, its mixtures against loops, and what a split of the batch must not change."""
+"""Classification: its loss against PyTorch's, its mixtures against loops, and what no split of the batch may change."""
 
 import math
 from typing import Any

@@ -12,11 +12,17 @@ import jax
 import numpy as np
 
 from vlm_jax import schema
+from vlm_jax.data.images import AugmentConfig
 from vlm_jax.data.sources import Record, Source, SourceConfig, source_at
 from vlm_jax.evals.benchmark_json import BenchmarkEntry
 
-Vectors = Literal["pooled", "embedding"]
-"""Which vector of an image: before the projection into the joint space, or after it."""
+Vectors = Literal["pooled", "embedding", "cls", "mean"]
+"""Which vector of an image: before the projection into the joint space, or after it; of a tower alone also the class
+token, or the mean of the patches."""
+
+
+Offer = Literal["image_tokens", "reconstruct", "held_out_loss"]
+"""What not every model gives."""
 
 
 class Encoder(Protocol):
@@ -55,6 +61,33 @@ class Encoder(Protocol):
         """As `image_features`, for a classifier on frozen features: [B, D], not normalised."""
         ...
 
+    @property
+    def block_count(self) -> int:
+        """Blocks whose class tokens `layer_vectors` gives; 0 where there is no class token."""
+        ...
+
+    def offers(self, function: Offer) -> bool:
+        """Whether the model has what an evaluation needs."""
+        ...
+
+    def image_tokens(self, params: Any, images_BxHxWx3: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+        """As `image_vectors`, but the tokens of the patches, [B, N, D]: see `ModelObjective.image_tokens`."""
+        ...
+
+    def layer_vectors(self, params: Any, images_BxHxWx3: jax.Array, normed: bool) -> jax.Array:
+        """As `image_vectors`, but [B, L, 2, D]: see `ModelObjective.layer_vectors`."""
+        ...
+
+    def reconstruct(
+        self, params: Any, images_BxHxWx3: jax.Array, index_B: jax.Array, seed: int
+    ) -> dict[str, jax.Array]:
+        """uint8 [B, H, W, 3] by name: what the method makes of what it hides, which (seed, index) decides."""
+        ...
+
+    def held_out_loss(self, params: Any, batch: Mapping[str, jax.Array], seed: int) -> tuple[float, float]:
+        """(sum, count) of the method's own loss over the usable rows of a batch of `loss_batches`."""
+        ...
+
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
         """Images as above -> [B, C], a score for each of the model's own classes; higher = likelier."""
         ...
@@ -90,6 +123,16 @@ class Encoder(Protocol):
         Raises:
             EvalError: a label that is not one of the C classes.
         """
+        ...
+
+    def loss_batches(self, source: Source, seed: int) -> Iterable[Mapping[str, jax.Array]]:
+        """As `image_batches`, with all that the method's loss wants; what is random in it is drawn by (seed, index)."""
+        ...
+
+    def training_batches(
+        self, source: Source, augment: AugmentConfig, batch_size: int, seed: int
+    ) -> Iterator[Mapping[str, jax.Array]]:
+        """Endless batches of `image`, a random view, and `label`, in the order of training."""
         ...
 
     def shard(self, array: np.ndarray) -> jax.Array:
@@ -154,7 +197,18 @@ class EvalConfig(schema.Choice):
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The evaluations by name."""
         # Here and not on top: the members' modules import this one.
-        from vlm_jax.evals import accuracy, few_shot, knn, linear_probe, retrieval, zero_shot
+        from vlm_jax.evals import (
+            accuracy,
+            attentive_probe,
+            few_shot,
+            held_out_loss,
+            knn,
+            linear_probe,
+            reconstructions,
+            retrieval,
+            sgd_probe,
+            zero_shot,
+        )
 
         return {
             "zero_shot": zero_shot.ZeroShotConfig,
@@ -163,6 +217,10 @@ class EvalConfig(schema.Choice):
             "knn": knn.KnnConfig,
             "few_shot": few_shot.FewShotConfig,
             "accuracy": accuracy.AccuracyConfig,
+            "sgd_probe": sgd_probe.SgdProbeConfig,
+            "attentive_probe": attentive_probe.AttentiveProbeConfig,
+            "held_out_loss": held_out_loss.HeldOutLossConfig,
+            "reconstructions": reconstructions.ReconstructionsConfig,
         }
 
     def problems(self) -> Iterator[tuple[str, str]]:

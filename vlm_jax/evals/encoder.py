@@ -1,6 +1,7 @@
 """The model as evaluations see it: an objective's features, jitted once each, with its own tokenizer and images."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,10 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlm_jax.data.examples import Example, LabelledImages, Views
-from vlm_jax.data.pipeline import EvalBatches, eval_batches
+from vlm_jax.data.images import AugmentConfig
+from vlm_jax.data.pipeline import DataConfig, EvalBatches, TrainLoader, eval_batches
 from vlm_jax.data.sources import Record, Source
 from vlm_jax.data.text import Tokenizer
-from vlm_jax.evals.base import Vectors
+from vlm_jax.evals.base import Offer, Vectors
+from vlm_jax.evals.held_out import HeldOut, Numbered, SeededRows, example_keys
 from vlm_jax.evals.labels import MultiLabelImages
 from vlm_jax.mesh import batch_sharding, replicated
 from vlm_jax.objectives.base import ModelObjective
@@ -27,21 +30,33 @@ class MeshEncoder:
         image_size: side of the model's images in pixels.
         mesh: where parameters and batches lie.
         batch_size: rows of a global batch, rounded up to a multiple of the devices that share it.
+        held_out: the method's loss as an evaluation; None: it is not asked for.
     """
 
     def __init__(
-        self, objective: ModelObjective, tokenizer: Tokenizer | None, image_size: int, mesh: Mesh, batch_size: int
+        self,
+        objective: ModelObjective,
+        tokenizer: Tokenizer | None,
+        image_size: int,
+        mesh: Mesh,
+        batch_size: int,
+        held_out: HeldOut | None = None,
     ):
-        self._tokenizer, self._mesh = tokenizer, mesh
+        self._objective, self._tokenizer, self._mesh, self._image_size = objective, tokenizer, mesh, image_size
+        self._held_out = held_out
         self._sharding = batch_sharding(mesh)
         self.shards = self._sharding.num_devices // (mesh.shape.get("tensor", 1) * mesh.shape.get("sequence", 1))
         self.batch_size = -(-batch_size // self.shards) * self.shards
         self.joint_space, self.class_count = objective.joint_space, objective.class_count
+        self.block_count = objective.block_count
         self._labelled = LabelledImages(image_size, objective.preprocess)
         self._views = Views(image_size, objective.preprocess, augment=None)
         self._image = jax.jit(objective.image_features)
         self._vectors = jax.jit(objective.image_vectors, static_argnums=2)
         self._classes = jax.jit(objective.class_scores)
+        self._tokens = jax.jit(objective.image_tokens, static_argnums=2)
+        self._layers = jax.jit(objective.layer_vectors, static_argnums=2)
+        self._reconstruct = jax.jit(objective.reconstruct)
         self._text = jax.jit(objective.text_features)
         self._scores = jax.jit(objective.prompt_scores)
 
@@ -55,10 +70,41 @@ class MeshEncoder:
         with jax.set_mesh(self._mesh):
             return self._image(params, images_BxHxWx3)
 
+    def offers(self, function: Offer) -> bool:
+        """Whether the method defines it; for its loss: whether single rows have one, of nothing but parameters."""
+        if function == "held_out_loss":
+            return self._held_out is not None and self._held_out.possible
+        return getattr(type(self._objective), function) is not getattr(ModelObjective, function)
+
     def image_vectors(self, params: Any, images_BxHxWx3: jax.Array, which: Vectors) -> jax.Array:
-        """uint8 [B, H, W, 3] -> [B, D]."""
+        """uint8 [B, H, W, 3] -> [B, D]; raises `ConfigError` for a vector that the model doesn't have."""
+        if which in ("cls", "mean") and not self.offers("image_tokens"):
+            raise ConfigError(f"features = {which!r} is for models of images alone; use 'pooled' or 'embedding'")
         with jax.set_mesh(self._mesh):
             return self._vectors(params, images_BxHxWx3, which)
+
+    def image_tokens(self, params: Any, images_BxHxWx3: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+        """uint8 [B, H, W, 3] -> [B, N, D]."""
+        with jax.set_mesh(self._mesh):
+            return self._tokens(params, images_BxHxWx3, layers)
+
+    def layer_vectors(self, params: Any, images_BxHxWx3: jax.Array, normed: bool) -> jax.Array:
+        """uint8 [B, H, W, 3] -> [B, L, 2, D]."""
+        with jax.set_mesh(self._mesh):
+            return self._layers(params, images_BxHxWx3, normed)
+
+    def reconstruct(
+        self, params: Any, images_BxHxWx3: jax.Array, index_B: jax.Array, seed: int
+    ) -> dict[str, jax.Array]:
+        """uint8 [B, H, W, 3] and int32 [B] -> uint8 [B, H, W, 3] by name."""
+        with jax.set_mesh(self._mesh):
+            return self._reconstruct(params, images_BxHxWx3, example_keys(index_B, seed))
+
+    def held_out_loss(self, params: Any, batch: Mapping[str, jax.Array], seed: int) -> tuple[float, float]:
+        """(sum, count) of a batch of `loss_batches`."""
+        assert self._held_out is not None, "asked for without offering it"
+        with jax.set_mesh(self._mesh):
+            return self._held_out.loss(params, batch, seed)
 
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
         """uint8 [B, H, W, 3] -> [B, C]."""
@@ -89,6 +135,21 @@ class MeshEncoder:
         """Every record with a usable image and a label once, in order."""
         rows = MultiLabelImages(self._views, class_count) if class_count else self._labelled
         return eval_batches(source, rows, self.batch_size, self._mesh)
+
+    def loss_batches(self, source: Source, seed: int) -> EvalBatches:
+        """Every record that the method can use once, in order."""
+        assert self._held_out is not None, "asked for without offering it"
+        rows = SeededRows(self._held_out.make_example, seed)
+        return eval_batches(Numbered(source), rows, self.batch_size, self._mesh)
+
+    def training_batches(
+        self, source: Source, augment: AugmentConfig, batch_size: int, seed: int
+    ) -> Iterator[Mapping[str, jax.Array]]:
+        """Endless batches of random views with labels."""
+        rows = LabelledImages(self._image_size, self._objective.preprocess, augment)
+        loader = TrainLoader(source, rows, batch_size, seed, self._mesh, 0, DataConfig(bad_record_budget=len(source)))
+        with contextlib.closing(loader):
+            yield from loader
 
     def shard(self, array: np.ndarray) -> jax.Array:
         """The same host array on every process -> a global array over the batch axes."""

@@ -1,6 +1,7 @@
 """What the classifiers on frozen features share: their data, which vector of an image they see, and their metrics.
 
-The classifiers are `linear_probe`, `knn` and `few_shot`; they need images and labels, no text.
+The classifiers are `linear_probe`, `knn` and `few_shot`, and the probes of `trained_probe`; they need images and
+labels, no text.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from vlm_jax.schema import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class FrozenConfig(EvalConfig):
-    """Family of the classifiers on frozen features; `source` is what they are tested on."""
+class TransferConfig(EvalConfig):
+    """Family of what is trained on one source and tested on another, which is `source`."""
 
     # What they are trained on.
     train_source: SourceConfig = dataclasses.field(kw_only=True)
@@ -26,9 +27,6 @@ class FrozenConfig(EvalConfig):
     train_limit: int = 0
     # Short form of train_source, as data.path.
     train_path: str = ""
-    # Vector of an image: "pooled", before the projection into the joint space (as in the CLIP paper), or "embedding",
-    # after it; not normalised.
-    features: Vectors = "pooled"
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What is impossible in these keys."""
@@ -52,6 +50,16 @@ class FrozenConfig(EvalConfig):
                 f"them {_some(test.class_names)}; the labels of both must mean the same classes in the same order."
             )
         return Sources(train, test, tuple(train.class_names or test.class_names))
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenConfig(TransferConfig):
+    """Family of the classifiers on one vector of an image."""
+
+    # Vector of an image: "pooled", before the projection into the joint space (as in the CLIP paper), or "embedding",
+    # after it; not normalised. Towers of methods on images alone also give "cls", the class token, and "mean", that of
+    # the patches, whichever of them they pool.
+    features: Vectors = "pooled"
 
 
 class Sources(NamedTuple):

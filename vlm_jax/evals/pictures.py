@@ -1,9 +1,9 @@
-"""Pictures for people: retrieval results as one image. Draws what it is given and ranks nothing."""
+"""Pictures for people: retrieval results and rows of images, as one image. Draws what it is given, ranks nothing."""
 
 import dataclasses
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,13 +46,52 @@ def retrieval_picture(best: Sequence[Query], worst: Sequence[Query], title: str)
     sections = [(name, rows) for name, rows in (("Best", best), ("Worst", worst)) if rows]
     heights = [0.45, *(0.5 + len(rows) * (_CELL_INCHES + 0.4) for _, rows in sections)]
     width = _CAPTION_INCHES + (CANDIDATES + 1) * (_CELL_INCHES + 0.15) + 0.4
-    # Not through pyplot: that would choose a display for the whole process and keep every figure alive.
-    figure = Figure(figsize=(width, sum(heights)), dpi=_DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure = _figure(width, sum(heights))
     parts = np.atleast_1d(np.asarray(figure.subfigures(len(heights), 1, height_ratios=heights)))
-    parts[0].text(0.02, 0.4, title, fontsize=13, weight="bold", color=_INK, va="center", parse_math=False)
+    _draw_title(parts[0], title)
     for part, (name, rows) in zip(parts[1:], sections, strict=True):
         _draw_section(part, name, rows)
+    return _rendered(figure)
+
+
+def image_rows(columns: Mapping[str, np.ndarray], title: str) -> np.ndarray:
+    """Draws images in rows under the names of their columns.
+
+    Args:
+        columns: name -> uint8 [N, H, W, 3], the same N in all.
+        title: above them.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    count, side = len(next(iter(columns.values()))), 1.5 * _CELL_INCHES
+    heights = [0.45, count * (side + 0.1) + 0.35]
+    figure = _figure(len(columns) * (side + 0.1) + 0.2, sum(heights))
+    parts = np.atleast_1d(np.asarray(figure.subfigures(2, 1, height_ratios=heights)))
+    _draw_title(parts[0], title)
+    frame = {"left": 0.02, "right": 0.98, "top": 1 - 0.3 / heights[1], "bottom": 0.01, "wspace": 0.06, "hspace": 0.06}
+    grid = parts[1].add_gridspec(count, len(columns), **frame)
+    for place, (name, images) in enumerate(columns.items()):
+        for row, image in enumerate(images):
+            ax = parts[1].add_subplot(grid[row, place])
+            _draw_image(ax, image)
+            ax.set_axis_off()
+            if row == 0:
+                ax.set_title(name, fontsize=9.5, color=_QUIET, loc="left", weight="bold")
+    return _rendered(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Not through pyplot: that would choose a display for the whole process and keep every figure alive."""
+    return Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+
+
+def _draw_title(figure: SubFigure, title: str) -> None:
+    figure.text(0.02, 0.4, title, fontsize=13, weight="bold", color=_INK, va="center", parse_math=False)
+
+
+def _rendered(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         # A caption in a script that the font lacks is drawn as boxes; a warning for each character helps nobody.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
@@ -99,18 +138,22 @@ def _column_titles(axes: Sequence, name: str) -> None:
 
 def _draw_candidate(ax, candidate: Candidate, label: str) -> None:
     ax.set_axis_on()
+    _draw_image(ax, candidate.image)
+    color, thickness = (_RIGHT, 3.0) if candidate.is_own else (_WRONG, 1.0)
+    for spine in ax.spines.values():
+        spine.set(color=color, linewidth=thickness)
+    ax.set_xlabel(label, fontsize=8.5, color=color if candidate.is_own else _QUIET, labelpad=4)
+
+
+def _draw_image(ax, image: np.ndarray) -> None:
     # Few pixels are shown as they are: smoothing would turn an 8 x 8 digit into a blur.
-    smoothing = "nearest" if max(candidate.image.shape[:2]) <= 64 else "antialiased"
-    ax.imshow(candidate.image, interpolation=smoothing)
+    smoothing = "nearest" if max(image.shape[:2]) <= 64 else "antialiased"
+    ax.imshow(image, interpolation=smoothing)
     # A square cell whatever the image's shape, so that rows and labels stay in line.
-    height, width = candidate.image.shape[:2]
+    height, width = image.shape[:2]
     margin_x, margin_y = (max(height, width) - width) / 2, (max(height, width) - height) / 2
     ax.set_xlim(-0.5 - margin_x, width - 0.5 + margin_x)
     ax.set_ylim(height - 0.5 + margin_y, -0.5 - margin_y)
     ax.set_facecolor(_MARGIN)
     ax.set_xticks([])
     ax.set_yticks([])
-    color, thickness = (_RIGHT, 3.0) if candidate.is_own else (_WRONG, 1.0)
-    for spine in ax.spines.values():
-        spine.set(color=color, linewidth=thickness)
-    ax.set_xlabel(label, fontsize=8.5, color=color if candidate.is_own else _QUIET, labelpad=4)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import linen as nn
 from flax.typing import Dtype
 
@@ -65,6 +66,20 @@ class ImageTowerConfig(Choice):
     def prefix_tokens(self) -> int:
         """How many of "tokens" stand before those of patches: class token and registers."""
         return 0
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first of "tokens" stands for the whole image."""
+        return False
+
+    @property
+    def block_count(self) -> int:
+        """How many blocks "blocks" [L, B, T, D] holds the outputs of; 0 for a tower whose layers differ in shape."""
+        return 0
+
+    def normed(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """Outputs of blocks, [..., T, D], after the tower's last norm; `params` are its own."""
+        return tokens
 
     def build(self, projection: ProjectionConfig | None, dtype: Dtype) -> nn.Module:
         """The module, with a projection on its pooled vector if there is one; `dtype` is the compute dtype."""

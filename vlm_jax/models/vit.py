@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,22 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
     def prefix_tokens(self) -> int:
         """Tokens before the patches: class token and registers."""
         return int(self.class_token) + self.registers
+
+    @property
+    def has_class_token(self) -> bool:
+        """See the base."""
+        return self.class_token
+
+    @property
+    def block_count(self) -> int:
+        """See the base."""
+        return self.depth
+
+    def normed(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """See the base."""
+        if not self.post_norm:
+            return tokens
+        return NORMS[self.norm](self.norm_eps).apply({"params": params["ln_post"]}, tokens)  # pyright: ignore
 
     @property
     def pools(self) -> bool:

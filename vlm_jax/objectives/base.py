@@ -17,7 +17,7 @@ from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import Source
 from vlm_jax.data.text import Tokenizer
-from vlm_jax.schema import Choice
+from vlm_jax.schema import Choice, leaves, override
 from vlm_jax.step import Objective
 
 
@@ -93,6 +93,16 @@ class ObjectiveConfig(Choice):
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises `ConfigError` when the tokenizer, once it is built, does not fit the model."""
 
+    def without_dropping(self) -> "ObjectiveConfig":
+        """The same method and parameters with nothing dropped, mixed or smoothed at random: its loss as an evaluation.
+
+        What belongs to the task itself, as the choice of the masked patches, stays random.
+        """
+        rates = {
+            key: value for key, value in leaves(self, "") if key.endswith((".drop_path", ".dropout", ".patch_dropout"))
+        }
+        return override(self, {key.lstrip("."): 0.0 for key, value in rates.items() if value})
+
     def phases(self, total_steps: int) -> "tuple[tuple[int, ObjectiveConfig], ...]":
         """(first step, method from there on), ascending from step 0, for a run of `total_steps`.
 
@@ -112,11 +122,13 @@ class ModelObjective(Objective):
         module: the Flax module; `module.apply({"params": params}, ...)`.
         preprocess: its normalisation.
         joint_space: whether features of images and texts may be compared; else `prompt_scores` compares them.
+        block_count: blocks of its image tower whose class tokens `layer_vectors` gives; 0 for none.
         class_count: classes that its own head tells apart (`class_scores`); 0 for a method without such a head.
     """
 
     joint_space: bool = True
     class_count: int = 0
+    block_count: int = 0
 
     module: nn.Module
     preprocess: PreprocessConfig
@@ -140,6 +152,10 @@ class ModelObjective(Objective):
             params: of the model.
             images: the images.
             which: "pooled", before the projection (CLIP's linear probes), or "embedding", after it; not normalised.
+                Methods on images alone also give "cls", the class token, and "mean", the mean of the patches.
+
+        Raises:
+            ConfigError: the tower has no such vector.
         """
         raise TypeError(f"{type(self).__name__} has no image vectors")
 
@@ -153,6 +169,16 @@ class ModelObjective(Objective):
                 the tokens after the tower's last norm.
         """
         raise TypeError(f"{type(self).__name__} has no image tokens")
+
+    def layer_vectors(self, params: Any, images: jax.Array, normed: bool) -> jax.Array:
+        """uint8 or normalised float [B, H, W, 3] -> fp32 [B, L, 2, D]: class token and mean of the patches by block.
+
+        Args:
+            params: of the model.
+            images: the images.
+            normed: whether the tower's last norm is applied to each block's output (DINOv2) or none is (BEiT).
+        """
+        raise TypeError(f"{type(self).__name__} has no vectors by layer")
 
     def class_scores(self, params: Any, images: jax.Array) -> jax.Array:
         """uint8 or normalised float [B, H, W, 3] -> fp32 [B, C], a score a class; the higher, the likelier."""

@@ -20,7 +20,7 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.flops import TRAIN_OVER_FORWARD
 from vlm_jax.models.classifier import ClassifierConfig
 from vlm_jax.models.image_tower import ImageTowerConfig
-from vlm_jax.objectives.base import normalise_images
+from vlm_jax.objectives.base import ObjectiveConfig, normalise_images
 from vlm_jax.objectives.images import ImageObjective, ImagesConfig
 from vlm_jax.objectives.mixing import MixingConfig, mix, own_share, partners
 from vlm_jax.schema import ConfigError
@@ -55,6 +55,10 @@ class ClassifyConfig(ImagesConfig):
     def check_source(self, source: Source) -> None:
         """The source must name as many classes as the head has."""
         check_classes(self.model.classes, source, "config.data.source")
+
+    def without_dropping(self) -> "ObjectiveConfig":
+        """See the base; images are not mixed either."""
+        return dataclasses.replace(super().without_dropping(), mixing=MixingConfig())  # pyright: ignore
 
     def make_example(self, tokenizer: Tokenizer | None, data: DataConfig) -> MakeExample:
         """Image and label."""

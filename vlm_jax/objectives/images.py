@@ -20,6 +20,7 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig, denormalise_images, normalise_images
 from vlm_jax.objectives.image_text import ImageTextConfig
+from vlm_jax.schema import ConfigError
 
 GREY = 128  # of what is hidden, in pictures
 
@@ -76,6 +77,7 @@ class ImageObjective(ModelObjective):
     ):
         self.module, self.preprocess = module, preprocess
         self.image_tower, self.tower = config.image_tower, config.image_tower.build(None, dtype)
+        self.block_count = self.image_tower.block_count if self.image_tower.has_class_token else 0
 
     def encode(self, params: Any, images: jax.Array, *, intermediates: bool = False) -> dict[str, jax.Array]:
         """What the tower makes of whole images, uint8 or normalised float [B, H, W, 3]; nothing random or masked."""
@@ -93,22 +95,51 @@ class ImageObjective(ModelObjective):
         return unit_length(self._vector(self.encode(params, images)))
 
     def image_vectors(self, params: Any, images: jax.Array, which: str) -> jax.Array:
-        """See the base; there is no joint space, so both kinds are the tower's pooled vector."""
-        return self._vector(self.encode(params, images))
+        """See the base; there is no joint space, so "pooled" and "embedding" are both the tower's pooled vector."""
+        named = self.encode(params, images)
+        if which not in ("cls", "mean"):
+            return self._vector(named)
+        if which == "cls":
+            self._check_class_token("features = 'cls'")
+            return named["tokens"][:, 0].astype(jnp.float32)
+        return self._patches(named["tokens"]).mean(axis=1)
 
     def image_tokens(self, params: Any, images: jax.Array, layers: tuple[int, ...]) -> jax.Array:
-        """See the base; raises TypeError for layers of a tower in stages, whose blocks differ in width."""
+        """See the base; raises `ConfigError` for a block that the tower doesn't have."""
         named = self.encode(params, images, intermediates=bool(layers))
-        if layers and "blocks" not in named:
-            raise TypeError(f"a {self.image_tower.kind()} tower has no blocks of one width to average; give no layers")
-        tokens = named["blocks"][jnp.asarray(layers)].mean(axis=0) if layers else named["tokens"]
-        return tokens[:, self.image_tower.prefix_tokens :].astype(jnp.float32)
+        if not layers:
+            return self._patches(named["tokens"])
+        count = self.image_tower.block_count
+        if not all(-count <= layer < count for layer in layers):
+            raise ConfigError(
+                f"layers = {layers} must be blocks of the image tower, 0 to {count - 1} or -{count} to -1"
+                if count
+                else f"layers = {layers}: this image tower has no blocks of equal outputs; leave layers empty"
+            )
+        return self._patches(named["blocks"][jnp.asarray(layers)].astype(jnp.float32).mean(axis=0))
+
+    def layer_vectors(self, params: Any, images: jax.Array, normed: bool) -> jax.Array:
+        """See the base."""
+        self._check_class_token("layer_vectors")
+        blocks_LxBxTxD = self.encode(params, images, intermediates=True)["blocks"]
+        if normed:
+            blocks_LxBxTxD = self.image_tower.normed(params["image"], blocks_LxBxTxD)
+        blocks = blocks_LxBxTxD.swapaxes(0, 1).astype(jnp.float32)
+        return jnp.stack([blocks[:, :, 0], blocks[:, :, self.image_tower.prefix_tokens :].mean(axis=2)], axis=2)
+
+    def _check_class_token(self, what: str) -> None:
+        if not self.image_tower.has_class_token:
+            raise ConfigError(f"{what} needs a class token, and this image tower has none; use features = 'mean'")
+
+    def _patches(self, tokens_BxTxD: jax.Array) -> jax.Array:
+        """fp32, without the tokens before the patches."""
+        return tokens_BxTxD[:, self.image_tower.prefix_tokens :].astype(jnp.float32)
 
     def _vector(self, named: Mapping[str, jax.Array]) -> jax.Array:
         """[B, D] fp32: what the tower pools, or the mean of its patches where it pools nothing."""
         if "pooled" in named:
             return named["pooled"].astype(jnp.float32)
-        return named["tokens"][:, self.image_tower.prefix_tokens :].astype(jnp.float32).mean(axis=1)
+        return self._patches(named["tokens"]).mean(axis=1)
 
 
 def unit_length(vectors_BxD: jax.Array) -> jax.Array:

@@ -1,0 +1,95 @@
+"""A method's own loss as an evaluation: rows that are random by their place in the source, and a loss a row.
+
+Which evaluation asks for it is `held_out_loss`; no loss is defined here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.data.examples import Example, MakeExample
+from vlm_jax.data.sources import Record, Source
+from vlm_jax.evals.features import to_host
+from vlm_jax.objectives.base import ModelObjective
+from vlm_jax.step import Ratio
+
+_MARKS = ("mask", "index")  # what evaluation adds to a batch
+_PLACE = "place"
+
+
+class HeldOut:
+    """The loss of a method, row by row where rows must be left out.
+
+    Args:
+        objective: the method with nothing dropped.
+        make_example: a record as a row of its batches, on the evaluation view.
+    """
+
+    def __init__(self, objective: ModelObjective, make_example: MakeExample):
+        self.objective, self.make_example = objective, make_example
+        self._whole, self._rows = jax.jit(self._batch_loss), jax.jit(jax.vmap(self._row_loss, in_axes=(None, 0, 0)))
+
+    @property
+    def possible(self) -> bool:
+        """Whether a row has a loss of its own, and one that needs no more than parameters (no teacher, no queue)."""
+        extra = jax.eval_shape(lambda: self.objective.init(jax.random.key(0))[1])
+        return not self.objective.coupled and not jax.tree.leaves(extra)
+
+    def loss(self, params: Any, batch: Mapping[str, jax.Array], seed: int) -> tuple[float, float]:
+        """(sum, count) over the rows of a batch whose `mask` is True."""
+        keys = example_keys(batch["index"], seed)
+        rows = {key: value for key, value in batch.items() if key not in _MARKS}
+        mask_B = to_host(batch["mask"])
+        if mask_B.all():
+            total, count = to_host(self._whole(params, rows, keys))
+            return float(total), float(count)
+        # A row that is padding can't be told from the others in a sum, so each row is a batch of its own.
+        totals_B, counts_B = to_host(self._rows(params, rows, keys))
+        return float(totals_B[mask_B].sum(dtype=np.float64)), float(counts_B[mask_B].sum(dtype=np.float64))
+
+    def _batch_loss(self, params: Any, rows: Any, keys: jax.Array) -> Ratio:
+        return self.objective.loss(params, {}, rows, keys, jnp.int32(0))[0]
+
+    def _row_loss(self, params: Any, row: Any, key: jax.Array) -> Ratio:
+        return self._batch_loss(params, jax.tree.map(lambda x: x[None], row), key[None])
+
+
+class SeededRows:
+    """A method's rows in evaluation, where what it draws on the host (masks) depends on (seed, place in the source)."""
+
+    def __init__(self, make_example: MakeExample, seed: int):
+        self.make_example, self.seed = make_example, seed
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """One row of a record of a `Numbered` source; raises `BadRecord`."""
+        return self.make_example(record, np.random.default_rng((self.seed, record[_PLACE])))
+
+
+class Numbered:
+    """A source whose records know their place."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.class_names = source.class_names
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return {**self._source[index], _PLACE: index}
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """The captions of one record."""
+        return self._source.texts(index)
+
+
+@jax.jit
+def example_keys(index_B: jax.Array, seed: int | jax.Array) -> jax.Array:
+    """[B] typed keys, a function of (seed, the record's place in its source)."""
+    return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(index_B)
+
+
+__all__ = ["HeldOut", "Numbered", "SeededRows", "example_keys"]
