@@ -1,4 +1,4 @@
-"""Probes trained step by step: the attentive one against golden vectors, optimisers against numpy, grids against loops."""
+"""Probes trained step by step: AIM's golden vectors, optimisers written in numpy, grids against single runs."""
 
 import dataclasses
 from pathlib import Path

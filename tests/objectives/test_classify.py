@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from vlm_jax import schema
@@ -149,7 +150,7 @@ def test_neither_mesh_nor_microbatches_change_anything() -> None:
     """With mixtures and drop path, whose random numbers belong to the step and to the row."""
     objective = classify(mixing=BOTH, label_smoothing=0.1, model__image__drop_path=0.3)
     plain, want = run_steps(program(objective=objective, **SMOOTH))
-    for shape, accum in (((8, 1, 1), 1), ((2, 2, 2), 2), ((1, 1, 1), 4), ((4, 2, 1), 1)):
+    for shape, accum in (((2, 2, 2), 2), ((1, 1, 1), 4), ((8, 1, 1), 1)):
         state, got = run_steps(program(tiny.mesh(*shape), objective, train__accum_steps=accum, **SMOOTH))
         for a, b in zip(got, want, strict=True):
             assert (a["loss"], a["top1"]) == (pytest.approx(b["loss"], rel=1e-5), b["top1"])
@@ -200,19 +201,19 @@ def test_the_head_starts_small_and_its_flops_are_counted() -> None:
 
 
 def test_batch_statistics_of_a_convolutional_tower_move() -> None:
+    """And with them those of the loss, which are the tower's own in training."""
     tower = ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=8, heads=4)
-    one = program(objective=ClassifyConfig(model=ClassifierConfig(image=tower, classes=10)))
-    rows = batch(one.mesh) | {"image": np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3)).astype(np.uint8)}
-    before = tiny.host(one.setup.init().params["image"])
-    state, _ = one.step(one.setup.init(), rows)
-    moved = [
-        jax.tree_util.keystr(path)
+    objective: Any = program(objective=ClassifyConfig(model=ClassifierConfig(image=tower, classes=10))).objective
+    params = nn.unbox(objective.init(jax.random.key(0))[0])
+    rows = batch(tiny.mesh()) | {"image": np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3)).astype(np.uint8)}
+    _, aux = jax.jit(objective.loss)(params, {}, rows, jax.random.split(jax.random.key(0), 16), jnp.int32(0))
+    moved = objective.constrain(params, aux.updates)["image"]
+    assert any(
+        "running_mean" in jax.tree_util.keystr(path) and not np.array_equal(a, b)
         for (path, a), b in zip(
-            jax.tree_util.tree_flatten_with_path(before)[0], jax.tree.leaves(state.params["image"]), strict=True
+            jax.tree_util.tree_flatten_with_path(params["image"])[0], jax.tree.leaves(moved), strict=True
         )
-        if "running_mean" in jax.tree_util.keystr(path) and not np.array_equal(a, b)
-    ]
-    assert moved
+    )
 
 
 @pytest.mark.parametrize(
