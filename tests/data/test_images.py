@@ -223,3 +223,13 @@ def test_jpeg_decoder_really_is_strict():
     data = encoded(RGB, "JPEG")
     with pytest.raises(ValueError, match="JPEG"):
         simplejpeg.decode_jpeg(data[: len(data) // 2], strict=True)
+
+
+def test_a_centre_crop_keeps_its_share():
+    """As torchvision's Resize(256), CenterCrop(224): 0.875 of the resized shorter side."""
+    image = np.random.default_rng(0).integers(0, 256, (300, 420, 3)).astype(np.uint8)
+    resized = np.asarray(Image.fromarray(image).resize((358, 256), Image.Resampling.BICUBIC))  # int(256 * 420 / 300)
+    expected = resized[16 : 16 + 224, 67 : 67 + 224]
+    np.testing.assert_array_equal(images.preprocess(image, PreprocessConfig(crop=0.875), 224), expected)
+    for changes, message in (({"crop": 0.0}, "must lie in"), ({"crop": 0.9, "resize": "squash"}, "has no effect")):
+        assert message in next(iter(PreprocessConfig(**changes).problems()))[1]
