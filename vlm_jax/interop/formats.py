@@ -19,8 +19,9 @@ from vlm_jax.interop.tables import (
 from vlm_jax.models.mlp import ACTIVATIONS
 from vlm_jax.models.two_tower import TwoTowerConfig
 
-Library = Literal["hf", "open_clip", "big_vision"]
-LIBRARIES: tuple[Library, ...] = ("hf", "open_clip", "big_vision")
+# "official" are the authors' own files of a method whose code base is no library
+Library = Literal["hf", "open_clip", "big_vision", "official"]
+LIBRARIES: tuple[Library, ...] = ("hf", "open_clip", "big_vision", "official")
 
 
 class Format:

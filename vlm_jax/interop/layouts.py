@@ -29,4 +29,6 @@ LAYOUTS: dict[str, Layout] = {
     "from_heads": Layout(lambda x, shape: x.T.reshape(shape), lambda x: x.reshape(-1, x.shape[-1]).T),
     # (1, ...) <-> (...)
     "batch_of_one": Layout(lambda x, shape: x.reshape(shape), lambda x: x[None]),
+    # (1, 1, width) <-> (width)
+    "one_token": Layout(lambda x, shape: x.reshape(shape), lambda x: x[None, None]),
 }

@@ -3,6 +3,7 @@
 from typing import Any
 
 from vlm_jax.interop.big_vision import BigVisionSiglip
+from vlm_jax.interop.dinov2 import HfDinov2, OfficialDinov2
 from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.hf_clip import HfClip
 from vlm_jax.interop.hf_siglip import HfSiglip
@@ -21,6 +22,8 @@ FORMATS: tuple[Format, ...] = (
     OpenClipResNet(),
     OpenClipViT(),
     BigVisionSiglip(),
+    HfDinov2(),
+    OfficialDinov2(),
 )
 
 

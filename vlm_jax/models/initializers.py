@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, zeros
 
 Initializer = Callable[..., jax.Array]
-InitName = Literal["clip_image", "clip_text", "siglip", "mae", "vit"]
+InitName = Literal["clip_image", "clip_text", "siglip", "mae", "vit", "dinov2"]
 
 
 class Initializers(NamedTuple):
@@ -151,10 +151,21 @@ def vit(width: int, depth: int, mlp_dim: int) -> Initializers:
     )
 
 
+def dinov2(width: int, depth: int, mlp_dim: int) -> Initializers:
+    """Oquab et al. 2024, as released: `vit` with PyTorch's default for the patches and next to nothing in the tokens."""
+    return vit(width, depth, mlp_dim)._replace(
+        patch_kernel=torch_linear,
+        patch_bias=torch_linear,
+        class_token=normal(1e-6),
+        mask_token=zeros,
+    )
+
+
 INITIALIZERS: dict[str, Callable[[int, int, int], Initializers]] = {
     "clip_image": clip_image,
     "clip_text": clip_text,
     "siglip": siglip,
     "mae": mae,
     "vit": vit,
+    "dinov2": dinov2,
 }
