@@ -1,10 +1,11 @@
-"""DINOv2's encoder: the released files of its own code base, and Hugging Face's two classes, without and with registers.
+"""DINOv2's encoder: its own code base's files, and Hugging Face's two classes, without and with registers.
 
 The heads that it was trained with were not released; they belong to no format.
 """
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -31,6 +32,14 @@ from vlm_jax.interop.tables import (
 from vlm_jax.models.presets import dinov2
 from vlm_jax.models.vit import ViTConfig
 
+# transformers 5 in memory -> in its files
+_LIVE = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.down_proj": "mlp.weights_out",
+}
 _RATIO = 4  # hidden width of a plain MLP over the width, in every published size
 
 
@@ -138,17 +147,19 @@ class OfficialDinov2(Dinov2Format):
 
     library, title = "official", "an official DINOv2"
     block, gate, out = "blocks.{layer}.", "mlp.w12", "mlp.w3"
-    names = {
-        "class_token": "cls_token",
-        "mask_token": "mask_token",
-        "pos_embed": "pos_embed",
-        "registers": "register_tokens",
-        "patch_embed": "patch_embed.proj",
-        "ln_post": "norm",
-    }
+    names = MappingProxyType(
+        {
+            "class_token": "cls_token",
+            "mask_token": "mask_token",
+            "pos_embed": "pos_embed",
+            "registers": "register_tokens",
+            "patch_embed": "patch_embed.proj",
+            "ln_post": "norm",
+        }
+    )
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
-        """See the base; of a whole teacher the backbone, and blocks that are stored in chunks under their own number."""
+        """See the base; of a whole teacher the backbone, and blocks out of the chunks that they may be stored in."""
         tensors = without_wrappers(tensors)
         prefixes = [prefix for prefix in ("teacher.backbone.", "backbone.") if f"{prefix}cls_token" in tensors]
         if prefixes:
@@ -196,34 +207,30 @@ class HfDinov2(Dinov2Format):
 
     library, title = "hf", "a Hugging Face DINOv2"
     block, gate, out = "encoder.layer.{layer}.", "mlp.weights_in", "mlp.weights_out"
-    names = {
-        "class_token": "embeddings.cls_token",
-        "mask_token": "embeddings.mask_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "registers": "embeddings.register_tokens",
-        "patch_embed": "embeddings.patch_embeddings.projection",
-        "ln_post": "layernorm",
-    }
-    _LIVE = {
-        "attention.q_proj": "attention.attention.query",
-        "attention.k_proj": "attention.attention.key",
-        "attention.v_proj": "attention.attention.value",
-        "attention.o_proj": "attention.output.dense",
-        "mlp.down_proj": "mlp.weights_out",
-    }
+    names = MappingProxyType(
+        {
+            "class_token": "embeddings.cls_token",
+            "mask_token": "embeddings.mask_token",
+            "pos_embed": "embeddings.position_embeddings",
+            "registers": "embeddings.register_tokens",
+            "patch_embed": "embeddings.patch_embeddings.projection",
+            "ln_post": "layernorm",
+        }
+    )
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
         """See the base."""
         plain = {name.removeprefix("dinov2."): value for name, value in without_wrappers(tensors).items()}
         renamed = {}
         for name, value in plain.items():
-            for live, filed in self._LIVE.items():
-                name = name.replace(live, filed)  # noqa: PLW2901
+            filed = name
+            for live, in_file in _LIVE.items():
+                filed = filed.replace(live, in_file)
             if "mlp.gate_proj" in name:
-                value = np.concatenate([value, plain[name.replace("gate_proj", "up_proj")]])  # noqa: PLW2901
-                name = name.replace("gate_proj", "weights_in")  # noqa: PLW2901
-            if "mlp.up_proj" not in name:
-                renamed[name] = value
+                both = [value, plain[name.replace("gate_proj", "up_proj")]]
+                renamed[name.replace("gate_proj", "weights_in")] = np.concatenate(both)
+            elif "mlp.up_proj" not in name:
+                renamed[filed] = value
         return renamed
 
     def recognises(self, tensors: Tensors) -> bool:

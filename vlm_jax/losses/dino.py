@@ -28,9 +28,10 @@ def sinkhorn_knopp(
     scaled = logits_RxK.astype(jnp.float32) / temperature
     weights_R = jnp.ones(scaled.shape[:1]) if weights_R is None else weights_R.astype(jnp.float32)
     count = jnp.maximum(weights_R.sum(), 1.0)
+    scaled = jnp.where(weights_R[:, None] > 0, scaled, -jnp.inf)
     # One number for the whole matrix: the iterations cancel it, and exp can't overflow.
-    top = jnp.where(weights_R[:, None] > 0, scaled, -jnp.inf).max()
-    mass_RxK = jnp.exp(scaled - jnp.where(jnp.isfinite(top), top, 0.0)) * weights_R[:, None]
+    top = scaled.max()
+    mass_RxK = jnp.exp(scaled - jnp.where(jnp.isfinite(top), top, 0.0))
     # diag(rows) mass diag(columns) is the matrix of the published loop. Scaling two vectors keeps one such matrix in
     # memory, where scaling the matrix would write it twice in each iteration.
     rows_R = jnp.ones_like(weights_R)

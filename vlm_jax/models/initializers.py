@@ -152,7 +152,7 @@ def vit(width: int, depth: int, mlp_dim: int) -> Initializers:
 
 
 def dinov2(width: int, depth: int, mlp_dim: int) -> Initializers:
-    """Oquab et al. 2024, as released: `vit` with PyTorch's default for the patches and next to nothing in the tokens."""
+    """Oquab et al. 2024, as released: `vit`, with PyTorch's default for the patches and tokens that start near zero."""
     return vit(width, depth, mlp_dim)._replace(
         patch_kernel=torch_linear,
         patch_bias=torch_linear,

@@ -1,8 +1,8 @@
 """Published models by name: sizes and the details that change numbers. Recipes around them are in configs/.
 
 CLIP's sizes are those of Radford et al. 2021, tables 19 and 20; the larger ViTs are open_clip's (LAION-2B); SigLIP's
-are Zhai et al. 2023 and Tschannen et al. 2025 (SigLIP 2, the variants of fixed resolution), as released. DINOv2's, image
-towers alone, are those of Oquab et al. 2024 (table 17), and with registers of Darcet et al. 2024.
+are Zhai et al. 2023 and Tschannen et al. 2025 (SigLIP 2, the variants of fixed resolution), as released. DINOv2's,
+image towers alone, are those of Oquab et al. 2024 (table 17), and with registers of Darcet et al. 2024.
 """
 
 import math

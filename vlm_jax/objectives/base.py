@@ -28,12 +28,13 @@ class ObjectiveConfig(Choice):
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The methods by name."""
         # Here and not on top: the members' modules import this one.
-        from vlm_jax.objectives import bag_of_words, caption, clip, coca, siglip
+        from vlm_jax.objectives import bag_of_words, caption, clip, coca, dino, siglip
 
         return {
             "clip": clip.ClipConfig,
             "siglip": siglip.SiglipConfig,
             "coca": coca.CoCaConfig,
+            "dino": dino.DinoConfig,
             "caption": caption.CaptionConfig,
             "bag_of_words": bag_of_words.BagOfWordsConfig,
         }
@@ -86,12 +87,19 @@ class ModelObjective(Objective):
         module: the Flax module; `module.apply({"params": params}, ...)`.
         preprocess: its normalisation.
         joint_space: whether features of images and texts may be compared; else `prompt_scores` compares them.
+        teacher: the key in `extra` of averaged parameters, a tree like that of the parameters, which are judged in
+            their place; None for a method without.
     """
 
     joint_space: bool = True
+    teacher: str | None = None
 
     module: nn.Module
     preprocess: PreprocessConfig
+
+    def judged(self, params: Any, extra: Any) -> Any:
+        """The parameters that evaluations, exports and further runs take: those trained, or the teacher's."""
+        return params if self.teacher is None else extra[self.teacher]
 
     def outputs(self, params: Any, batch: Mapping[str, jax.Array], intermediates: bool = True) -> dict[str, jax.Array]:
         """Named outputs of the model on a batch, without anything random."""
