@@ -1,5 +1,7 @@
 """A DINOv2 of a few thousand parameters, and its batches."""
 
+import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from vlm_jax.data.multi_crop import MultiCropConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import DigitsConfig
 from vlm_jax.evals.knn import KnnConfig
-from vlm_jax.mesh import batch_sharding
+from vlm_jax.mesh import batch_sharding, tree_path
 from vlm_jax.models.dino import DinoModelConfig, PrototypeHeadConfig
 from vlm_jax.models.vit import ViTConfig
 from vlm_jax.objectives.dino import DinoConfig
@@ -72,11 +74,22 @@ def batch(mesh: Mesh, seed: int = 0) -> dict[str, jax.Array]:
     return {key: jax.device_put(value, batch_sharding(mesh)) for key, value in host.items()}
 
 
+def first_state(program_: Program) -> Any:
+    """The initial state with heads of wider spread: at these widths 0.02 leaves points that are mostly rounding."""
+    state = program_.setup.init()
+
+    def wider(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf * 10 if re.search(r"_head/fc./kernel$", tree_path(path)) else leaf
+
+    params = jax.tree_util.tree_map_with_path(wider, state.params)
+    return dataclasses.replace(state, params=params, extra=program_.objective.begin(state.extra, params))
+
+
 def run_steps(program_: Program, count: int = 1) -> tuple[Any, list[dict[str, float]]]:
     """(final state, metrics of each step) of `count` steps on batches 0, 1, ..."""
     history = []
     with jax.set_mesh(program_.mesh):
-        state = program_.setup.init()
+        state = first_state(program_)
         for index in range(count):
             state, metrics = program_.step(state, batch(program_.mesh, seed=index))
             history.append({name: float(total) / float(n) for name, (total, n) in metrics.items()})

@@ -77,8 +77,8 @@ class PrototypeHead(nn.Module):
         """Declares the layers."""
         config, spread = self.config, normal(0.02)
         self.fc1 = Linear((config.hidden,), ("embed", "mlp"), spread, dtype=self.dtype)
-        self.fc2 = Linear((config.hidden,), ("embed", "mlp"), spread, dtype=self.dtype)
-        self.fc3 = Linear((config.bottleneck,), ("mlp", "joint"), spread, dtype=self.dtype)
+        self.fc2 = Linear((config.hidden,), ("mlp", "embed"), spread, dtype=self.dtype)
+        self.fc3 = Linear((config.bottleneck,), ("embed", "joint"), spread, dtype=self.dtype)
         self.last = Prototypes(config, self.dtype)
 
     def __call__(self, x_RxD: jax.Array) -> jax.Array:
@@ -87,8 +87,8 @@ class PrototypeHead(nn.Module):
 
     def project(self, x_RxD: jax.Array) -> jax.Array:
         """[R, D] -> points on the unit sphere, [R, E] in the compute dtype."""
-        for layer in (self.fc1, self.fc2):
-            x_RxD = jax.nn.gelu(constrain(layer(x_RxD), "batch", "mlp"), approximate=False)
+        for layer, name in ((self.fc1, "mlp"), (self.fc2, "embed")):
+            x_RxD = jax.nn.gelu(constrain(layer(x_RxD), "batch", name), approximate=False)
         z_RxE = constrain(self.fc3(x_RxD), "batch", None).astype(jnp.float32)
         square = jnp.square(z_RxE).sum(axis=-1, keepdims=True)
         return (z_RxE * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(self.dtype)
