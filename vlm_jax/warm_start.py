@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -197,7 +197,8 @@ def _grid(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
 
 def _form(config: Mapping[str, Any], path: str) -> GridResize:
     """How the tower of a position embedding resizes it; antialiased unless it says otherwise."""
-    return next((form for node in _towers(config, path) if (form := node.get("pos_resize"))), "antialias")
+    named = [form for node in _towers(config, path) if (form := node.get("pos_resize"))]
+    return cast(GridResize, named[0]) if named else "antialias"
 
 
 def _towers(config: Mapping[str, Any], path: str) -> list[Mapping[str, Any]]:

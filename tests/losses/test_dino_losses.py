@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
+from sinkhorn_loop import published_sinkhorn
 
 from vlm_jax.losses.dino import centred_softmax, cross_entropy, koleo, mean_logits, sinkhorn_knopp
 from vlm_jax.models.dino import PrototypeHead, PrototypeHeadConfig
@@ -37,16 +38,6 @@ def test_sinkhorn_and_centring() -> None:
     np.testing.assert_allclose(centred, golden("outputs/dino.softmax_center"), atol=1e-6)
     shifted = centred_softmax(teacher + 3.0 * np.arange(20, dtype=np.float32), 3.0 * jnp.arange(20.0), TEMPERATURE)
     np.testing.assert_allclose(shifted, centred, atol=1e-4)
-
-
-def published_sinkhorn(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """The loop of SwAV's appendix, in fp64."""
-    q = np.exp(logits.astype(np.float64) / temperature).T
-    q /= q.sum()
-    for _ in range(3):
-        q = q / q.sum(axis=1, keepdims=True) / q.shape[0]
-        q = q / q.sum(axis=0, keepdims=True) / q.shape[1]
-    return (q * q.shape[1]).T
 
 
 def test_sinkhorn_passes_over_padding() -> None:

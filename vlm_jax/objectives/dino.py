@@ -265,9 +265,10 @@ class Dino(ImageObjective):
     def _temperature(self, step: jax.Array) -> jax.Array:
         """() fp32."""
         first, last = self.config.first_teacher_temperature, self.config.teacher_temperature
-        rise = max(self.config.teacher_temperature_steps - 1, 1)
-        progress = jnp.minimum(step.astype(jnp.float32) / rise, 1.0)
-        return first + (last - first) * (progress if self.config.teacher_temperature_steps else 1.0)
+        # The last of the steps of the rise has its end; without a rise, it is over before the first step.
+        rise = self.config.teacher_temperature_steps - 1
+        progress = jnp.clip((step + (rise < 1)).astype(jnp.float32) / max(rise, 1), 0.0, 1.0)
+        return first + (last - first) * progress
 
     def _scores(self, params: Any, head: str, points_BxVxE: jax.Array) -> jax.Array:
         """Points [B, V, E] -> scores of the prototypes, fp32 [B, V, K]."""
