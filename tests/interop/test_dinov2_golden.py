@@ -33,7 +33,12 @@ class Golden:
 
     def encode(self, image: np.ndarray, **options: Any) -> dict[str, jax.Array]:
         module: Any = self.config.build(None, np.float32)
-        return module.apply({"params": self.params}, image.transpose(0, 2, 3, 1), intermediates=True, **options)
+
+        @jax.jit
+        def encode(params: Any, images: jax.Array, options: Any) -> dict[str, jax.Array]:
+            return module.apply({"params": params}, images, intermediates=True, **options)
+
+        return encode(self.params, image.transpose(0, 2, 3, 1), options)
 
     def compare(self, case: str, named: dict[str, jax.Array]) -> float:
         """The largest difference to all that is stored of a case."""

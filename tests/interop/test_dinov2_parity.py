@@ -1,5 +1,6 @@
 """DINOv2's encoder against transformers' classes with random weights, both ways."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
 from vlm_jax.interop.dinov2 import HfDinov2, OfficialDinov2
 from vlm_jax.interop.files import write_json
 from vlm_jax.interop.registry import recognise
-from vlm_jax.interop.tables import from_params, to_params
+from vlm_jax.interop.tables import ConversionError, from_params, to_params
 from vlm_jax.models.presets import DINOV2
 
 CLASSES: dict[str, tuple[Any, Any]] = {
@@ -103,13 +104,22 @@ def test_through_the_official_names(peer: Peer) -> None:
     tensors = from_params(peer.params, official.rows(peer.config), official.title)
     found, canonical = recognise({f"teacher.backbone.{name}": value for name, value in tensors.items()})
     assert isinstance(found, OfficialDinov2)
-    settings = official.write_config(peer.config)
-    config = official.read_config(canonical, settings, None)
+    config = official.read_config(canonical, {"num_heads": 4}, None)
     assert (config.width, config.gated, config.registers, config.heads) == (
         peer.config.width, peer.config.gated, peer.config.registers, peer.config.heads,
     )  # fmt: skip
     back = to_params(canonical, official.rows(config), official.shapes(config), official.title)
     jax.tree.map(np.testing.assert_array_equal, back, peer.params)
+
+
+def test_a_tower_of_another_kind_is_refused() -> None:
+    peer = Peer("registers", False)
+    with pytest.raises(ConversionError, match="heads = 4"):
+        OfficialDinov2().write_config(peer.config)
+    with pytest.raises(ConversionError, match="pool = 'mean'"):
+        FORMAT.write_config(dataclasses.replace(peer.config, pool="mean"))
+    assert OfficialDinov2().write_config(DINOV2["DINOv2-g/14-reg"]) == {}
+    assert not FORMAT.claims(dataclasses.replace(peer.config, pos_embed="sincos"))
 
 
 def test_blocks_in_chunks_are_numbered_through() -> None:

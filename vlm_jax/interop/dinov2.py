@@ -96,9 +96,10 @@ class Dinov2Format(Format):
         return {f"image/{path}": shape for path, shape in shapes.items()}
 
     def claims(self, config: Any) -> bool:
-        """A ViT with layer scale, a class token and a mask token."""
-        wanted = isinstance(config, ViTConfig) and config.layer_scale_init is not None
-        return wanted and config.mask_token and config.class_token
+        """A ViT with layer scale, learned positions, a class token and a mask token."""
+        if not isinstance(config, ViTConfig) or config.layer_scale_init is None:
+            return False
+        return config.pos_embed == "learned" and config.mask_token and config.class_token
 
     def read_sizes(self, tensors: Tensors, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What the shapes tell, as keys of a `ViTConfig`."""
@@ -117,20 +118,19 @@ class Dinov2Format(Format):
             **square_side(positions - 1, kernel[-1], settings, self.title),
         }
 
-    def published_form(self, config: ViTConfig) -> None:
-        """Raises `ConversionError` for a tower whose numbers a DINOv2 could not give."""
+    def check(self, config: ViTConfig, **further: tuple[Any, tuple[Any, ...]]) -> None:
+        """Raises `ConversionError` for a tower whose numbers this model could not give; see `check_expressible`."""
         hidden = dinov2(config.width, 1, swiglu=config.gated).mlp_dim
         check_expressible(
             self.title,
             {
                 "pool": (config.pool, ("cls",)),
-                "pos_embed": (config.pos_embed, ("learned",)),
                 "norm": (config.norm, ("layer",)),
-                "norm_eps": (config.norm_eps, (1e-6,)),
                 "patch_norm": (config.patch_norm, (False,)),
                 "activation": (config.activation, ("silu" if config.gated else "gelu",)),
                 "mlp_dim": (config.mlp_dim, (hidden,)),
                 "image_size": (config.image_shape, ((max(config.image_shape),) * 2,)),
+                **further,
             },
         )
 
@@ -188,15 +188,10 @@ class OfficialDinov2(Dinov2Format):
         return _config(sizes, heads=settings.get("num_heads", sizes["width"] // 64))
 
     def write_config(self, config: ViTConfig) -> dict[str, Any]:
-        """See the base."""
-        self.published_form(config)
-        return {
-            "num_heads": config.heads,
-            "image_size": config.image_shape[0],
-            "num_register_tokens": config.registers,
-            "interpolate_antialias": config.pos_resize == "antialias",
-            "interpolate_offset": 0.1 if config.pos_resize == "bicubic_offset" else 0.0,
-        }
+        """See the base. There is no file, so everything must be as these models have it."""
+        heads, eps = (config.heads, (config.width // 64,)), (config.norm_eps, (1e-6,))
+        self.check(config, heads=heads, norm_eps=eps)
+        return {}
 
 
 class HfDinov2(Dinov2Format):
@@ -263,7 +258,7 @@ class HfDinov2(Dinov2Format):
 
     def write_config(self, config: ViTConfig) -> dict[str, Any]:
         """See the base."""
-        self.published_form(config)
+        self.check(config)
         registers = {"num_register_tokens": config.registers} if config.registers else {}
         return {
             "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
