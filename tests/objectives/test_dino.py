@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import PartitionSpec as P
 from sinkhorn_loop import published_sinkhorn
 
 import vlm_jax
+from vlm_jax.assemble import build_program
 from vlm_jax.checkpoint import read_params
 from vlm_jax.config import load_config
 from vlm_jax.evaluate import evaluate_checkpoint
 from vlm_jax.flops import TRAIN_OVER_FORWARD, count_dot_flops
 from vlm_jax.losses.dino import koleo
+from vlm_jax.mesh import batch_sharding
 from vlm_jax.models.dino import PrototypeHead
 from vlm_jax.objectives.base import normalise_images
 from vlm_jax.preemption import EXIT_PREEMPTED, StopRequest
@@ -132,7 +135,7 @@ def test_the_teacher_is_split_like_the_student() -> None:
     abstract = cases.program(tiny.mesh(2, 2, 2)).setup.abstract
     ours, theirs = (jax.tree.map(lambda x: x.sharding.spec, tree) for tree in (abstract.params, abstract.extra))
     assert ours == theirs["teacher"]
-    assert str(ours["dino_head"]["last"]["kernel"]) == "PartitionSpec('fsdp', 'tensor')"
+    assert ours["dino_head"]["last"]["kernel"] == P("fsdp", "tensor")
 
 
 def test_last_layers_wait_for_their_first_step() -> None:
@@ -250,3 +253,18 @@ def test_the_published_numbers() -> None:
     assert float(dino._momentum(end)) == pytest.approx(1.0)
     small = override(config, {"train.steps": 10}).objective.phases(10)[0][1]
     assert small.momentum_steps == 10  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_step_lowers_at_full_size() -> None:
+    """The whole step of ViT-L/14 at batch 3072 from shapes alone, weights and teacher split over eight devices."""
+    program = build_program(load_config(f"{CONFIGS}/dinov2_vitl14.py"))
+    sharding = batch_sharding(program.mesh)
+    shapes = program.config.objective.batch_shapes(program.config.data.batch_size)
+    batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for key, x in shapes.items()}
+    with jax.set_mesh(program.mesh):
+        lowered = program.step.lower(program.setup.abstract, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    state, metrics = lowered.out_info
+    assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, program.setup.abstract)
+    assert metrics["loss"][0].shape == ()
+    kernel = program.setup.abstract.extra["teacher"]["ibot_head"]["last"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (256 // 8, 131_072)

@@ -38,6 +38,7 @@ WEIGHT_FILES: dict[Library, str] = {
     "hf": "model.safetensors",
     "open_clip": "open_clip_model.safetensors",
     "big_vision": "model.npz",
+    "official": "model.safetensors",
 }
 
 
