@@ -156,7 +156,7 @@ class _Resize:
     ) -> None:
         self.path, self.old_shape, self.new_shape = new_path, old_shape, new_shape
         self.old_grid, self.new_grid = _grid(old_config, old_path), _grid(new_config, new_path)
-        self.form = _form(new_config, new_path)
+        self.form: GridResize = _form(new_config, new_path)
 
     def needed(self) -> bool:
         """Equal shapes may still be of different grids: 36 patches are 4 x 9 or 6 x 6."""
