@@ -72,7 +72,7 @@ SMOKE = {
 def get_config(name: str = "") -> Config:
     tower = override(
         dinov2(1024, 24, swiglu=True, image_size=224),
-        {"drop_path": 0.4, "drop_path_rates": "uniform", "remat": "full"},
+        {"drop_path": 0.4, "drop_path_rates": "uniform", "remat": "auto"},
     )
     model = DinoModelConfig(
         tower,
@@ -103,7 +103,7 @@ def get_config(name: str = "") -> Config:
             Part("patch_embed", "image/patch_embed/.*", no_decay=NO_DECAY, lr=0.2),
             Part("image", "image/.*", no_decay=NO_DECAY),
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
         train=TrainConfig(steps=EPOCHS * EPOCH, log_every=100),
         checkpoint=CheckpointConfig(every=2000, keep=3, keep_every=50_000),
     )

@@ -17,6 +17,6 @@ RECIPE = config_module(Path(__file__).with_name("dinov2_vitl14.py"))
 
 def get_config(name: str = "") -> Config:
     large = RECIPE.get_config()
-    tower = override(dinov2(384, 12, image_size=224), {"drop_path": 0.1, "drop_path_rates": "uniform", "remat": "full"})
+    tower = override(dinov2(384, 12, image_size=224), {"drop_path": 0.1, "drop_path_rates": "uniform", "remat": "auto"})
     config = override(dataclasses.replace(large, name="dinov2_vits14"), {"objective.model.image": tower})
     return variant(config, name, {"smoke": RECIPE.SMOKE})

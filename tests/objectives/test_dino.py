@@ -205,7 +205,7 @@ def test_a_warm_start_gives_teacher_and_student_the_old_teacher(run: Path, tmp_p
     config = cases.config(init_from__path=str(run), mesh__data=2, mesh__fsdp=4, evals=())
     program = build_program(config)
     with jax.set_mesh(program.mesh):
-        new = _Run(program, str(tmp_path), time.time())
+        new = _Run(program, [None], str(tmp_path), time.time(), "")
         new.close()
     for tree in (new.state.params, new.state.extra["teacher"]):
         tiny.assert_trees_equal(tree, stored(run, "ema"))
