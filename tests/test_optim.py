@@ -11,7 +11,7 @@ from optax import contrib
 
 from vlm_jax.optim import Adafactor, AdamW, Lion, Matrix, Muon, Optimizer, OptimizerConfig
 from vlm_jax.parts import EVERYTHING, Part, Parts
-from vlm_jax.schedule import Constant
+from vlm_jax.schedule import Constant, Cosine
 
 NAMES = {
     "blocks/attn/query/kernel": ("layers", "embed", "heads", "kv"),
@@ -158,3 +158,33 @@ def test_how_leaves_are_read_as_matrices(path: str, shape: tuple[int, int]) -> N
 
 def test_a_stack_of_biases_is_no_matrix() -> None:
     assert not Matrix.of(NAMES["blocks/mlp/bias"], SHAPES["blocks/mlp/bias"]).is_matrix
+
+
+def test_weight_decay_by_its_own_schedule() -> None:
+    """A cosine from the decay to five times of it, at the step's place in the run of 100; the rest is untouched."""
+    config = AdamW(learning_rate=0.1, weight_decay=0.04, schedule=Constant(), decay_schedule=Cosine(final=5.0))
+    optim, params, zeros = optimizer(config), trees(), jax.tree.map(jnp.zeros_like, trees())
+    for step in (0, 50, 100):
+        updates, _ = optim.update(zeros, jnp.zeros(()), optim.init(params), params, jnp.int32(step))
+        decay = 0.04 + (0.2 - 0.04) * 0.5 * (1 - np.cos(np.pi * step / 100))
+        np.testing.assert_allclose(updates["token_embed"], -0.1 * decay * params["token_embed"], rtol=1e-5)
+        assert not np.asarray(updates["blocks"]["mlp"]["bias"]).any()
+
+
+def test_clipping_of_each_module_by_its_own_norm() -> None:
+    gradients = trees(seed=1) | {"token_embed": 1e-4 * trees(seed=1)["token_embed"]}
+    optim = optimizer(AdamW(clip_norm=0.5, clip_by="module", b1=0.0, schedule=Constant()))
+    _, slots = optim.update(gradients, optax.global_norm(gradients), optim.init(trees()), trees(), jnp.int32(0))
+    assert float(optax.global_norm(slots.mu["blocks"])) == pytest.approx(0.5, rel=1e-5)
+    np.testing.assert_allclose(slots.mu["token_embed"], gradients["token_embed"], rtol=1e-6)  # small as it is
+
+
+def test_a_part_that_starts_later_stands_still_while_its_moments_run() -> None:
+    rules = (Part("late", "token_embed", start_step=2), Part("rest", ".*"))
+    config = AdamW(learning_rate=0.1, weight_decay=0.1, schedule=Constant())
+    early, early_slots = apply(optimizer(config, rules), steps=2)
+    np.testing.assert_array_equal(early["token_embed"], trees()["token_embed"])
+    _, want = apply(optimizer(config), steps=2)
+    np.testing.assert_allclose(early_slots.mu["token_embed"], want.mu["token_embed"], rtol=1e-6)
+    moved, _ = apply(optimizer(config, rules), steps=3)
+    assert not np.array_equal(moved["token_embed"], trees()["token_embed"])

@@ -271,7 +271,7 @@ def read_params(
 
     Args:
         path: a workdir, its `checkpoints` (the newest step is read), one step directory, or an imported checkpoint.
-        prefer: `ema`: the averaged parameters if the run kept any; `params`: the raw ones.
+        prefer: `ema`: the averaged parameters if the run kept any, or its teacher; `params`: the raw ones.
         shardings: one sharding for all, or a nested dict of shardings as the parameters; None: one device.
 
     Returns:
@@ -285,7 +285,7 @@ def read_params(
     try:
         meta = read_meta(directory)
         manifest = meta["manifest"]
-        stored = stored_params(directory, manifest, prefer)
+        stored = stored_params(directory, meta, prefer)
         placements = _by_path(shardings, stored)
         entries = {name: manifest[path] for name, path in stored.items()}
         wanted = {

@@ -205,18 +205,22 @@ def find_step(path: epath.PathLike) -> epath.Path:
 
 
 def stored_params(
-    step_directory: epath.Path, manifest: Mapping[str, Any], prefer: Literal["ema", "params"]
+    step_directory: epath.Path, meta: Mapping[str, Any], prefer: Literal["ema", "params"]
 ) -> dict[str, str]:
     """Path of each parameter -> path of the array to read for it.
 
-    `ema/...` where preferred and present, else `params/...`: parameters that a run froze have no average.
+    Where averages are preferred those of the teacher that the meta names, or `ema/...`; `params/...` for what has none,
+    as parameters that a run froze.
 
     Raises:
         CheckpointError: the checkpoint holds no parameters.
     """
+    manifest = meta["manifest"]
     paths = {path.removeprefix("params/"): path for path in manifest if path.startswith("params/")}
     if not paths:
         raise CheckpointError(f"{step_directory} holds no parameters, only: {', '.join(sorted(manifest)) or 'nothing'}")
     if prefer == "params":
         return paths
-    return {name: f"ema/{name}" if f"ema/{name}" in manifest else path for name, path in paths.items()}
+    teacher = meta.get("teacher")
+    average = "ema" if teacher is None else f"extra/{teacher}"
+    return {name: f"{average}/{name}" if f"{average}/{name}" in manifest else path for name, path in paths.items()}

@@ -88,8 +88,9 @@ class Config:
     def problems(self) -> Iterator[tuple[str, str]]:
         """What must agree between the groups."""
         yield from self.objective.data_problems(self.data)
-        for key, sentence in self.optimizer.schedule.length_problems(self.train.steps):
-            yield f"optimizer.schedule.{key}", sentence
+        for name in ("schedule", "decay_schedule"):
+            for key, sentence in getattr(self.optimizer, name).length_problems(self.train.steps):
+                yield f"optimizer.{name}.{key}", sentence
         if self.data.batch_size % self.train.accum_steps:
             yield (
                 "train.accum_steps",

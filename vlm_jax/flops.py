@@ -71,7 +71,7 @@ def peak_flops(device: Device) -> float | None:
 
 def chip_name(device: Any) -> str:
     """`v5e`, `v6e`, ... of a TPU; the platform ("cpu", "gpu") of any other device."""
-    return _CHIP_NAMES.get(device.device_kind, device.platform)
+    return str(_CHIP_NAMES.get(device.device_kind, device.platform))
 
 
 def mfu(flops_per_step: float, seconds: float, device_count: int, peak: float | None) -> float | None:

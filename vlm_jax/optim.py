@@ -16,7 +16,7 @@ from optax import contrib
 
 from vlm_jax.mesh import tree_path
 from vlm_jax.parts import Parts
-from vlm_jax.schedule import Cosine, ScheduleConfig
+from vlm_jax.schedule import Constant, Cosine, ScheduleConfig
 from vlm_jax.schema import Choice
 
 PyTree = Any
@@ -31,8 +31,12 @@ class OptimizerConfig(Choice):
     # What the decay is multiplied by: the learning rate (PyTorch's AdamW, CLIP), or the schedule's factor alone
     # (big_vision, SigLIP), where a weight decay of 1e-4 means a shrinkage of 1e-4 a step at the peak.
     decay_by: Literal["learning_rate", "schedule"] = "learning_rate"
-    clip_norm: float | None = None  # largest global norm of the gradients of the live parameters
-    schedule: ScheduleConfig = Cosine()
+    clip_norm: float | None = None  # largest norm of the gradients of the live parameters
+    # whose norm that is: of all parameters together, or of each module of the model by itself (tower, heads: DINOv2)
+    clip_by: Literal["all", "module"] = "all"
+    schedule: ScheduleConfig = Cosine()  # of the learning rate
+    # of the weight decay, as a factor on it; Cosine(final=5) raises it to five times (DINO, DINOv2)
+    decay_schedule: ScheduleConfig = Constant()
 
     @classmethod
     def kinds(cls) -> Mapping[str, type[Any]]:
@@ -235,6 +239,11 @@ def _clip_rms(threshold: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+def _clipped(gradients: PyTree, norm: jax.Array, largest: float) -> PyTree:
+    scale = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-12))
+    return jax.tree.map(lambda g: g * scale, gradients)
+
+
 class Optimizer:
     """Gradients of the live parameters to their updates, by the rules of the parts.
 
@@ -262,16 +271,21 @@ class Optimizer:
     ) -> tuple[PyTree, PyTree]:
         """(updates to add to `live`, new slots); `norm` is the gradients' global norm."""
         config = self.config
-        if config.clip_norm is not None:
-            scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
-            gradients = jax.tree.map(lambda g: g * scale, gradients)
+        if config.clip_norm is not None and config.clip_by == "all":
+            gradients = _clipped(gradients, norm, config.clip_norm)
+        elif config.clip_norm is not None:
+            norms = {name: optax.global_norm(module) for name, module in gradients.items()}
+            gradients = {name: _clipped(module, norms[name], config.clip_norm) for name, module in gradients.items()}
         directions, slots = self._direction.update(gradients, slots, live)
         factor = config.schedule.factor(step, self.total_steps)
         decay = config.weight_decay * (config.learning_rate if config.decay_by == "learning_rate" else 1.0)
+        decay = decay * config.decay_schedule.factor(step, self.total_steps)
 
-        def tail(direction: jax.Array, param: jax.Array, lr: Any, part_decay: float) -> jax.Array:
+        def tail(direction: jax.Array, param: jax.Array, lr: Any, part_decay: float, first_step: int) -> jax.Array:
+            lr = jnp.where(step < first_step, 0.0, lr) if first_step else lr
             move = config.learning_rate * direction.astype(jnp.float32) + decay * part_decay * param
             return (-factor * lr * move).astype(param.dtype)
 
-        factors = self.parts.learning_rate_factors(live), self.parts.decay_factors(live)
+        parts = self.parts
+        factors = parts.learning_rate_factors(live), parts.decay_factors(live), parts.first_steps(live)
         return jax.tree.map(tail, directions, live, *factors), slots

@@ -40,6 +40,7 @@ class Part:
     weight_decay: float = 1.0  # multiplies the weight decay
     no_decay: str = GAINS_AND_BIASES  # regular expression of the paths without weight decay
     frozen: bool = False  # neither differentiated nor updated, and without optimiser slots
+    start_step: int = 0  # first step that moves it; before, only its moments follow the gradient (DINO's last layer)
     layer_decay: float = 1.0  # factor on the learning rate from one layer to the one below it (BEiT, MAE fine-tuning)
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -52,6 +53,8 @@ class Part:
         for key in ("lr", "weight_decay"):
             if getattr(self, key) < 0:
                 yield key, f"= {getattr(self, key)} must not be negative; to stop training set frozen = true"
+        if self.start_step < 0:
+            yield "start_step", f"= {self.start_step} must not be negative; 0 moves it from the start"
         if not 0 < self.layer_decay <= 1:
             yield "layer_decay", f"= {self.layer_decay} must lie in (0, 1]"
 
@@ -101,6 +104,10 @@ class Parts:
             return 0.0 if re.fullmatch(part.no_decay, name) else part.weight_decay
 
         return jax.tree_util.tree_map_with_path(factor, live)
+
+    def first_steps(self, live: PyTree) -> PyTree:
+        """Per live leaf the first step that moves it."""
+        return jax.tree_util.tree_map_with_path(lambda p, _: self.part_of[tree_path(p)].start_step, live)
 
     def counts(self) -> dict[str, int]:
         """Part name -> number of parameters."""

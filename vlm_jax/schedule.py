@@ -1,4 +1,4 @@
-"""Learning-rate schedules as factors in [0, 1] of the peak, functions of the step and the run's length alone.
+"""Schedules of learning rate and weight decay as factors of the peak, functions of step and the run's length alone.
 
 What else changes between the phases of a run (dropped patches) is the method's: `ObjectiveConfig.phases`.
 """

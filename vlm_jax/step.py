@@ -94,6 +94,10 @@ class Objective:
         """
         return params
 
+    def begin(self, extra: PyTree, params: PyTree) -> PyTree:
+        """What the objective owns at the start of a run whose parameters come from elsewhere (`init_from`)."""
+        return extra
+
     def after(self, extra: PyTree, params: PyTree, updates: PyTree, step: jax.Array) -> PyTree:
         """What the objective owns after a step: teacher, queue; `updates` come from `Aux`."""
         return extra

@@ -150,7 +150,8 @@ class _Run:
         live, _ = self.program.setup.parts.split(params)
         # a copy, since the step donates both
         ema = jax.tree.map(lambda x: x.copy(), live) if state.ema else {}
-        return dataclasses.replace(state, params=params, ema=ema)
+        extra = jax.jit(self.program.objective.begin, out_shardings=jax.tree.map(lambda x: x.sharding, state.extra))
+        return dataclasses.replace(state, params=params, ema=ema, extra=extra(state.extra, params))
 
     def _announce(self, resumed: bool) -> None:
         config, say = self.config, self.console.message
@@ -278,6 +279,7 @@ class _Run:
             config=to_json(self.config),
             tokenizer=None if self.tokenizer is None else self.tokenizer.state(),
             preprocess=to_dict(self.config.data.preprocess),
+            extra_meta={"teacher": self.program.objective.teacher},
             force=True,
         )
 
@@ -336,11 +338,12 @@ class _Run:
             self.console.message(f"step {self.step}  {name} {value:.4f}")
 
     def _eval_params(self) -> Any:
-        """The averaged parameters where a run keeps them, else the parameters."""
-        if not jax.tree.leaves(self.state.ema):
-            return self.state.params
-        _, frozen = self.program.setup.parts.split(self.state.params)
-        return merge(self.state.ema, frozen)
+        """The teacher of a method that has one, else the averaged parameters where a run keeps them."""
+        params = self.state.params
+        if jax.tree.leaves(self.state.ema):
+            _, frozen = self.program.setup.parts.split(params)
+            params = merge(self.state.ema, frozen)
+        return self.program.objective.judged(params, self.state.extra)
 
     def _profile(self) -> None:
         start, count = self.config.train.profile_start, self.config.train.profile_steps

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from vlm_jax import orbax_noise
 from vlm_jax.checkpoint_format import find_step, read_arrays, read_meta, stored_params
 from vlm_jax.digest import flatten_paths
-from vlm_jax.models.position import resize_1d, resize_grid
+from vlm_jax.models.position import GridResize, resize_1d, resize_grid
 from vlm_jax.models.relative_position import resize_relative
 from vlm_jax.schema import ConfigError
 
@@ -36,7 +36,8 @@ class InitFrom:
     # patterns of position embeddings and of tables of relative positions that may be resized; a table that all blocks
     # share in the source may be mapped to one for each block
     resize: tuple[str, ...] = (r"(.*/)?pos_embed", r"(.*/)?relative_position/table")
-    weights: Literal["ema", "params"] = "ema"  # the averaged parameters where the source has them, or the raw ones
+    # the averaged parameters where the source has them (a moving average, a teacher), or the raw ones
+    weights: Literal["ema", "params"] = "ema"
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Patterns that aren't regular expressions, and rules without a source."""
@@ -81,7 +82,7 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
     ours, treedef = flatten_paths(params), jax.tree.structure(params)
     directory = find_step(init_from.path)
     meta = read_meta(directory)
-    stored = stored_params(directory, meta["manifest"], init_from.weights)
+    stored = stored_params(directory, meta, init_from.weights)
     source = {name: meta["manifest"][path] for name, path in stored.items()}
     sources, problems = _match(init_from, list(ours), list(source))
     resizes = {}
@@ -159,6 +160,7 @@ class _Resize:
     ) -> None:
         self.path, self.old_shape, self.new_shape = new_path, old_shape, new_shape
         self.old_grid, self.new_grid = _grid(old_config, old_path), _grid(new_config, new_path)
+        self.form: GridResize = _form(new_config, new_path)
 
     def needed(self) -> bool:
         """Equal shapes may still be of different grids: 36 patches are 4 x 9 or 6 x 6."""
@@ -186,7 +188,7 @@ class _Resize:
         match self.old_grid, self.new_grid:
             case (old_rows, old_columns), (rows, columns):
                 prefix = self._prefix(self.old_shape, (old_rows, old_columns))
-                return resize_grid(table, (old_rows, old_columns), (rows, columns), prefix)
+                return resize_grid(table, (old_rows, old_columns), (rows, columns), prefix, self.form)
             case _:
                 return resize_1d(table, self.new_shape[0])
 
@@ -221,11 +223,22 @@ class _TableResize(_Resize):
 
 def _grid(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
     """(rows, columns) or (length,) of the tower to which the positions at `path` belong; None if unknown."""
-    towers = [(name, size) for name, node in _nodes("", config) if (size := _size(node)) is not None]
+    sizes = [_size(node) for node in _towers(config, path)]
+    return sizes[0] if len(set(sizes)) == 1 else None
+
+
+def _form(config: Mapping[str, Any], path: str) -> GridResize:
+    """How the tower of a position embedding resizes it; antialiased unless it says otherwise."""
+    named = [form for node in _towers(config, path) if (form := node.get("pos_resize"))]
+    return cast(GridResize, named[0]) if named else "antialias"
+
+
+def _towers(config: Mapping[str, Any], path: str) -> list[Mapping[str, Any]]:
+    """The configs that may be that of the tower to which the positions at `path` belong."""
+    towers = [(name, node) for name, node in _nodes("", config) if _size(node) is not None]
     parents = path.split("/")[:-1]
-    named = [[size for name, size in towers if name == parent] for parent in reversed(parents)]
-    named = next(filter(None, named), [size for _, size in towers])
-    return named[0] if len(set(named)) == 1 else None
+    named = [[node for name, node in towers if name == parent] for parent in reversed(parents)]
+    return next(filter(None, named), [node for _, node in towers])
 
 
 def _size(node: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -8,10 +8,28 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 _LEVELS = 10.0  # the magnitude at which the ranges below end
+
+
+@dataclasses.dataclass(frozen=True)
+class Blur:
+    """A Gaussian blur over 9 x 9 pixels, as in DINO and DINOv2."""
+
+    # probability of an image to be blurred; 0: off
+    probability: float = 0.0
+    # deviation in pixels: least and most
+    sigma: tuple[float, float] = (0.1, 2.0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values outside of their range."""
+        if not _probability(self.probability):
+            yield "probability", f"= {self.probability} must lie in 0..1"
+        if not 0 < self.sigma[0] <= self.sigma[1]:
+            yield "sigma", f"= {self.sigma} must satisfy 0 < least <= most"
 
 
 def _probability(value: float) -> bool:
@@ -130,6 +148,18 @@ def shift_hue(image: Image.Image, turn: float) -> Image.Image:
 def grey(image: Image.Image) -> Image.Image:
     """Luma (ITU-R 601) in all three channels."""
     return image.convert("L").convert("RGB")
+
+
+def blur(image: np.ndarray, rng: np.random.Generator, config: Blur) -> np.ndarray:
+    """A blur of a random strength; uint8 [H, W, 3] to the same, mirrored at the edges."""
+    if rng.random() >= config.probability:
+        return image
+    return cv2.GaussianBlur(image, (9, 9), rng.uniform(*config.sigma), borderType=cv2.BORDER_REFLECT_101)
+
+
+def solarize(image: np.ndarray) -> np.ndarray:
+    """Values from 128 on inverted; uint8."""
+    return np.where(image < 128, image, 255 - image)
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator, config: RandAugment) -> Image.Image:

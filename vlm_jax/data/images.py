@@ -18,7 +18,7 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlm_jax.data import augment
-from vlm_jax.data.augment import ColorJitter, Erasing, RandAugment
+from vlm_jax.data.augment import Blur, ColorJitter, Erasing, RandAugment
 
 MAX_PIXELS = 89_478_485
 """Images with more pixels are refused: 256 MiB of RGB, the limit at which Pillow speaks of a decompression bomb."""
@@ -74,7 +74,7 @@ class PreprocessConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """The random view of training: crop, flip, colours, grey, RandAugment, erasing, in this order.
+    """The random view of training: crop, flip, colours, grey, RandAugment, blur, solarisation, erasing, in this order.
 
     CLIP used a random square crop alone (paper, section 2.5).
     """
@@ -93,6 +93,10 @@ class AugmentConfig:
     grey: float = 0.0
     # random operations of the fine-tuning recipes
     rand_augment: RandAugment = RandAugment()
+    # Gaussian blur
+    blur: Blur = Blur()
+    # probability that values from 128 on are inverted
+    solarize: float = 0.0
     # a rectangle of noise
     erasing: Erasing = Erasing()
 
@@ -106,6 +110,8 @@ class AugmentConfig:
             yield "flip", f"= {self.flip} must be a probability in 0..1"
         if not 0 <= self.grey <= 1:
             yield "grey", f"= {self.grey} must be a probability in 0..1"
+        if not 0 <= self.solarize <= 1:
+            yield "solarize", f"= {self.solarize} must be a probability in 0..1"
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
@@ -213,6 +219,10 @@ def training_view(
     What is switched off draws no random number.
     """
     view = _recoloured(random_resized_crop(image, rng, config, size), rng, config)
+    if config.blur.probability:
+        view = augment.blur(view, rng, config.blur)
+    if config.solarize and rng.random() < config.solarize:
+        view = augment.solarize(view)
     if config.erasing.probability:
         view = augment.erase(view, rng, config.erasing, preprocess.mean, preprocess.std)
     return view

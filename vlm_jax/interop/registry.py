@@ -7,6 +7,7 @@ from vlm_jax.interop.aimv2 import Aimv2, HfAimv2
 from vlm_jax.interop.beit import Beit
 from vlm_jax.interop.big_vision import BigVisionSiglip
 from vlm_jax.interop.dalle import DalleEncoder
+from vlm_jax.interop.dinov2 import HfDinov2, OfficialDinov2
 from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.hf_beit import HfBeit
 from vlm_jax.interop.hf_clip import HfClip
@@ -42,6 +43,8 @@ FORMATS: tuple[Format, ...] = (
     L3mAim(),
     Aimv2(),
     HfAimv2(),
+    HfDinov2(),
+    OfficialDinov2(),
 )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, truncated_normal, zeros
 
 Initializer = Callable[..., jax.Array]
-InitName = Literal["clip_image", "clip_text", "siglip", "mae", "aim", "vit", "swin", "beit"]
+InitName = Literal["clip_image", "clip_text", "siglip", "mae", "aim", "vit", "swin", "beit", "dinov2"]
 
 
 class Initializers(NamedTuple):
@@ -215,6 +215,16 @@ def beit(width: int, depth: int, mlp_dim: int) -> Initializers:
     )
 
 
+def dinov2(width: int, depth: int, mlp_dim: int) -> Initializers:
+    """Oquab et al. 2024, as released: `vit`, with PyTorch's default for the patches and tokens that start near zero."""
+    return vit(width, depth, mlp_dim)._replace(
+        patch_kernel=torch_linear,
+        patch_bias=torch_linear,
+        class_token=normal(1e-6),
+        mask_token=zeros,
+    )
+
+
 INITIALIZERS: dict[str, Callable[[int, int, int], Initializers]] = {
     "clip_image": clip_image,
     "clip_text": clip_text,
@@ -224,4 +234,5 @@ INITIALIZERS: dict[str, Callable[[int, int, int], Initializers]] = {
     "vit": vit,
     "swin": swin,
     "beit": beit,
+    "dinov2": dinov2,
 }

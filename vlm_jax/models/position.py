@@ -1,7 +1,13 @@
 """Position embeddings with an explicit grid, and their resize. Relative position biases are built elsewhere."""
 
+from typing import Literal
+
 import numpy as np
 from jax.typing import ArrayLike
+
+# How a grid of positions is brought to another one: "antialias", as PIL and open_clip do; "bicubic", as torch does by
+# default; "bicubic_offset", the same with 0.1 added to the wanted size, as DINO and DINOv2 without registers do.
+GridResize = Literal["antialias", "bicubic", "bicubic_offset"]
 
 
 def sincos_2d(grid: tuple[int, int], width: int, prefix_tokens: int = 0) -> np.ndarray:
@@ -31,18 +37,23 @@ def sincos_2d(grid: tuple[int, int], width: int, prefix_tokens: int = 0) -> np.n
 
 
 def resize_grid(
-    pos_embed: ArrayLike, old_grid: tuple[int, int], new_grid: tuple[int, int], prefix_tokens: int = 0
+    pos_embed: ArrayLike,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    prefix_tokens: int = 0,
+    form: GridResize = "antialias",
 ) -> np.ndarray:
-    """Bicubic antialiased resize of a learned 2-D position embedding, as open_clip and big_vision do when loading.
+    """Bicubic resize of a learned 2-D position embedding, antialiased as open_clip and big_vision do when loading.
 
-    Equal to `torch.nn.functional.interpolate(mode="bicubic", antialias=True)`. The grids are arguments because the
-    number of positions alone does not tell 4 x 9 from 6 x 6.
+    Equal to `torch.nn.functional.interpolate(mode="bicubic", antialias=form == "antialias")`. The grids are arguments
+    because the number of positions alone does not tell 4 x 9 from 6 x 6.
 
     Args:
         pos_embed: [prefix + old rows * old columns, D].
         old_grid: (rows, columns) that it was made for.
         new_grid: (rows, columns) wanted.
         prefix_tokens: leading positions (class token) that are copied.
+        form: of the resize.
 
     Returns:
         [prefix + new rows * new columns, D] in the dtype of the input.
@@ -61,9 +72,22 @@ def resize_grid(
         return table
     prefix, patches = table[:prefix_tokens], table[prefix_tokens:].astype(np.float64)
     patches = patches.reshape(*old_grid, -1)
-    rows, columns = (_cubic_matrix(old, new) for old, new in zip(old_grid, new_grid, strict=True))
+    rows, columns = resize_matrices(old_grid, new_grid, form)
     resized = np.einsum("ah,bw,hwd->abd", rows, columns, patches, optimize=True)
     return np.concatenate([prefix, resized.reshape(-1, table.shape[1]).astype(table.dtype)])
+
+
+def resize_matrices(
+    old_grid: tuple[int, int], new_grid: tuple[int, int], form: GridResize
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the old rows in the new ones and of the old columns in the new ones, [new, old] fp64 each."""
+    matrix = {
+        "antialias": _cubic_matrix,
+        "bicubic": lambda old, new: _point_cubic_matrix(old, float(new)),
+        "bicubic_offset": lambda old, new: _point_cubic_matrix(old, new + 0.1),
+    }[form]
+    rows, columns = (matrix(old, new) for old, new in zip(old_grid, new_grid, strict=True))
+    return rows, columns
 
 
 def resize_1d(pos_embed: ArrayLike, length: int) -> np.ndarray:
@@ -103,6 +127,21 @@ def _cubic_matrix(old: int, new: int) -> np.ndarray:
     return weights
 
 
+def _point_cubic_matrix(old: int, size: float) -> np.ndarray:
+    """[new, old] weights of Keys' cubic kernel with a = -0.75, four samples wide whatever the scale, as torch's.
+
+    `size` is the new size, which may have a fraction: it then decides the scale, and its whole part the samples. A
+    sample beyond the edge is the one at the edge.
+    """
+    new = int(size)
+    weights = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * old / size - 0.5
+        for sample in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            weights[i, min(max(sample, 0), old - 1)] += _keys(np.asarray(sample - centre), a=-0.75)
+    return weights
+
+
 def _keys(x: np.ndarray, a: float = -0.5) -> np.ndarray:
     """Keys 1981, eq. 15."""
     x = np.abs(x)
@@ -111,4 +150,4 @@ def _keys(x: np.ndarray, a: float = -0.5) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-__all__ = ["resize_1d", "resize_grid", "sincos_2d"]
+__all__ = ["GridResize", "resize_1d", "resize_grid", "resize_matrices", "sincos_2d"]

@@ -1,7 +1,8 @@
-"""Published two-tower models by name: sizes and the details that change numbers. Recipes around them are in configs/.
+"""Published models by name: sizes and the details that change numbers. Recipes around them are in configs/.
 
 CLIP's sizes are those of Radford et al. 2021, tables 19 and 20; the larger ViTs are open_clip's (LAION-2B); SigLIP's
-are Zhai et al. 2023 and Tschannen et al. 2025 (SigLIP 2, the variants of fixed resolution), as released.
+are Zhai et al. 2023 and Tschannen et al. 2025 (SigLIP 2, the variants of fixed resolution), as released. DINOv2's,
+image towers alone, are those of Oquab et al. 2024 (table 17), and with registers of Darcet et al. 2024.
 """
 
 import math
@@ -112,6 +113,36 @@ def siglip(
     )
 
 
+def dinov2(width: int, depth: int, *, registers: int = 0, swiglu: bool = False, image_size: int = 518) -> ViTConfig:
+    """A DINOv2 of patch 14, its heads 64 wide.
+
+    Args:
+        width: of the residual stream.
+        depth: number of blocks.
+        registers: tokens beside the class token. The models that have some resize their positions with antialiasing.
+        swiglu: whether the MLPs have gates; their hidden width is then two thirds of four widths, in steps of 8.
+        image_size: side in pixels; 518 in the last steps of training and in the released weights.
+    """
+    return ViTConfig(
+        width=width,
+        depth=depth,
+        heads=width // 64,
+        mlp_dim=(8 * width // 3 + 7) // 8 * 8 if swiglu else 4 * width,
+        activation="silu" if swiglu else "gelu",
+        gated=swiglu,
+        norm_eps=1e-6,
+        layer_scale_init=1e-5,
+        patch_size=14,
+        image_size=image_size,
+        registers=registers,
+        pos_resize="antialias" if registers else "bicubic_offset",
+        mask_token=True,
+        pre_norm=False,
+        patch_bias=True,
+        init="dinov2",
+    )
+
+
 def _tower(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     return dict(zip(("width", "depth", "heads", "mlp_dim"), sizes, strict=True))
 
@@ -161,6 +192,11 @@ SIGLIP2: dict[str, TwoTowerConfig] = {
     "SigLIP2-g-opt/16-256": siglip(GIANT_OPT, 16, 256, text=SO400M, vocab_size=SIGLIP2_VOCABULARY),
     "SigLIP2-g-opt/16-384": siglip(GIANT_OPT, 16, 384, text=SO400M, vocab_size=SIGLIP2_VOCABULARY),
 }
+DINOV2: dict[str, ViTConfig] = {
+    f"DINOv2-{size}/14{suffix}": dinov2(width, depth, registers=registers, swiglu=size == "g")
+    for suffix, registers in (("", 0), ("-reg", 4))
+    for size, (width, depth) in {"S": (384, 12), "B": (768, 12), "L": (1024, 24), "g": (1536, 40)}.items()
+}
 PRESETS: dict[str, TwoTowerConfig] = CLIP | OPEN_CLIP | SIGLIP | SIGLIP2
 
-__all__ = ["CLIP", "OPEN_CLIP", "PRESETS", "SIGLIP", "SIGLIP2"]
+__all__ = ["CLIP", "DINOV2", "OPEN_CLIP", "PRESETS", "SIGLIP", "SIGLIP2", "dinov2"]

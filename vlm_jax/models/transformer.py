@@ -6,7 +6,7 @@ Parameter layout, the same for scanned and unrolled stacks: `blocks/...` holds e
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,8 @@ class TransformerConfig:
     out_bias: bool = True  # bias on the output projection of attention
     mlp_bias: bool = True  # biases in the MLP
     layer_scale_init: float | None = None  # start of the per-channel scale on each branch; None for none
-    drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0 at the first
+    drop_path: float = 0.0  # stochastic depth of the last block
+    drop_path_rates: Literal["linear", "uniform"] = "linear"  # rising from 0 at the first block, or the same in all
     dropout: float = 0.0  # on the output of attention and of the MLP
     scan: bool = True  # one compiled block in a loop; false unrolls it (the parameters are the same)
     remat: RematName = "none"  # what a block keeps for its backward pass
@@ -270,7 +271,8 @@ def run_blocks(
     stack = scanned(kind, config.depth, config.remat, config.scan, broadcast=4)
     init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim)
     # numpy, so that the rates are the same fp32 numbers on every platform
-    rates = np.linspace(0.0, config.drop_path, config.depth, dtype=np.float32)
+    first = config.drop_path if config.drop_path_rates == "uniform" else 0.0
+    rates = np.linspace(first, config.drop_path, config.depth, dtype=np.float32)
     layers = (jnp.arange(config.depth), jnp.asarray(rates))
     more = {} if relative is None else {"relative": relative}
     blocks = stack(config, init, causal, intermediates, dtype, **more, name="blocks")

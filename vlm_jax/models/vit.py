@@ -17,7 +17,7 @@ from vlm_jax.models.initializers import INITIALIZERS, Initializers, InitName
 from vlm_jax.models.norms import NORMS
 from vlm_jax.models.patches import PatchEmbed
 from vlm_jax.models.pooling import MapHead, mean_tokens
-from vlm_jax.models.position import sincos_2d
+from vlm_jax.models.position import GridResize, resize_matrices, sincos_2d
 from vlm_jax.models.projection import ProjectionConfig, project
 from vlm_jax.models.relative_position import RelativeGrid, RelativePositionBias, RelativePositionName
 from vlm_jax.models.stochastic import drop_patches, fold_in, kept_patches
@@ -40,6 +40,8 @@ class ViTConfig(TransformerConfig, ImageTowerConfig):
     pos_embed: Literal["learned", "sincos", "sincos_learned", "none"] = "learned"
     # learned bias on the attention logits by the offset of two patches: one table for all blocks, or one for each
     relative_position: RelativePositionName = "none"
+    # how learned positions follow images of another size than image_size (DINOv2); None: such images are an error
+    pos_resize: GridResize | None = None
     patch_norm: bool = False  # norm on the patch embedding, before positions are added (AIM, AIMv2)
     mask_token: bool = False  # a learned token in the place of masked patches (BEiT, SimMIM, DINOv2)
     pre_norm: bool = True  # norm before the first block (CLIP)
@@ -184,7 +186,7 @@ class ViT(nn.Module):
         """Encodes normalised images.
 
         Args:
-            images_BxHxWxC: float, of the config's image size.
+            images_BxHxWxC: float, of the config's image size; of any size in patches with `config.pos_resize`.
             keys: [B] typed keys, one a row, or None at evaluation (no dropping of anything).
             masked_BxN: bool, True for the patches whose embedding the mask token replaces; needs `config.mask_token`.
             kept_BxK: int32, the patches that go through the blocks, in this order (MAE); the others are left out.
@@ -198,14 +200,11 @@ class ViT(nn.Module):
             input, and "blocks" [L, B, T, D], every block's output.
 
         Raises:
-            ValueError: the images have another size than the config, or patches are left out of a relative position.
+            ValueError: the images have a size that the config does not allow, or patches are left out of a relative
+                position.
         """
         config = self.config
-        if images_BxHxWxC.shape[1:3] != config.image_shape:
-            raise ValueError(
-                f"this tower takes images of {config.image_shape[0]}x{config.image_shape[1]} (height x width), "
-                f"not {images_BxHxWxC.shape[1]}x{images_BxHxWxC.shape[2]}; resize them, or set image_size"
-            )
+        self._check_size(*images_BxHxWxC.shape[1:3])
         relative = None
         if config.relative_position != "none":
             relative = RelativeGrid(config.grid, config.class_token)
@@ -235,6 +234,21 @@ class ViT(nn.Module):
             outputs |= {"embed": embed, "blocks": blocks}
         return outputs
 
+    def _check_size(self, height: int, width: int) -> None:
+        config, (rows, columns) = self.config, self.config.image_shape
+        if (height, width) == (rows, columns):
+            return
+        if config.pos_resize is None:
+            raise ValueError(
+                f"this tower takes images of {rows}x{columns} (height x width), not {height}x{width}; resize them, or "
+                "set image_size, or pos_resize"
+            )
+        if (height % config.patch_size or width % config.patch_size) and not config.cut_remainder:
+            raise ValueError(
+                f"this tower takes images whose sides are multiples of {config.patch_size}, not {height}x{width}; "
+                "resize them"
+            )
+
     def _embed(
         self,
         images: jax.Array,
@@ -248,7 +262,7 @@ class ViT(nn.Module):
         patch_embed = PatchEmbed(
             config.patch_size, config.width, config.patch_bias, init, dtype=self.dtype, name="patch_embed"
         )
-        rows, columns = config.grid
+        rows, columns = grid = (images.shape[1] // config.patch_size, images.shape[2] // config.patch_size)
         x = patch_embed(images[:, : rows * config.patch_size, : columns * config.patch_size])
         x = constrain(x, "batch", "length", "embed")
         norm = NORMS[config.norm]
@@ -259,7 +273,7 @@ class ViT(nn.Module):
             if masked_BxN is not None:
                 x = jnp.where(masked_BxN[:, :, None], jnp.broadcast_to(token, x.shape), x)
         class_positions = int(config.class_token)
-        positions = self._positions(init, class_positions)
+        positions = self._positions(init, class_positions, grid)
         x = drop_patches(x + positions[None, class_positions:], config.patch_dropout, keys)
         if kept_BxK is not None:
             x = jnp.take_along_axis(x, kept_BxK[:, :, None], axis=1)
@@ -274,19 +288,24 @@ class ViT(nn.Module):
         x = constrain(jnp.concatenate([*rows, x], axis=1), "batch", "length", "embed")
         return norm(config.norm_eps, name="ln_pre")(x) if config.pre_norm else x
 
-    def _positions(self, init: Initializers, class_positions: int) -> jax.Array:
-        """[class token + patches, D]."""
+    def _positions(self, init: Initializers, class_positions: int, grid: tuple[int, int]) -> jax.Array:
+        """[class token + patches, D] of a grid of patches."""
         config = self.config
         if config.pos_embed == "none":
-            return jnp.zeros((class_positions + config.patches, config.width), self.dtype)
+            return jnp.zeros((class_positions + grid[0] * grid[1], config.width), self.dtype)
+        if config.pos_embed == "sincos":
+            return jnp.asarray(sincos_2d(grid, config.width, class_positions), self.dtype)
         start = init.position
-        if config.pos_embed in ("sincos", "sincos_learned"):
-            table = sincos_2d(config.grid, config.width, class_positions)
-            if config.pos_embed == "sincos":
-                return jnp.asarray(table, self.dtype)
-            start = constant(table)
+        if config.pos_embed == "sincos_learned":
+            start = constant(sincos_2d(config.grid, config.width, class_positions))
         shape = (class_positions + config.patches, config.width)
-        return weight(self, "pos_embed", start, (None, "embed"), shape).astype(self.dtype)
+        table = weight(self, "pos_embed", start, (None, "embed"), shape)
+        if grid != config.grid and config.pos_resize is not None:
+            rows, columns = (jnp.asarray(m, jnp.float32) for m in resize_matrices(config.grid, grid, config.pos_resize))
+            patches = table[class_positions:].reshape(*config.grid, config.width)
+            resized = jnp.einsum("ah,bw,hwd->abd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
+            table = jnp.concatenate([table[:class_positions], resized.reshape(-1, config.width)])
+        return table.astype(self.dtype)
 
     def _pool(self, x: jax.Array, init: Initializers) -> dict[str, jax.Array]:
         config = self.config

@@ -38,6 +38,7 @@ class ObjectiveConfig(Choice):
             classify,
             clip,
             coca,
+            dino,
             dvae,
             encoder,
             mae,
@@ -49,6 +50,7 @@ class ObjectiveConfig(Choice):
             "clip": clip.ClipConfig,
             "siglip": siglip.SiglipConfig,
             "coca": coca.CoCaConfig,
+            "dino": dino.DinoConfig,
             "caption": caption.CaptionConfig,
             "bag_of_words": bag_of_words.BagOfWordsConfig,
             "encoder": encoder.EncoderConfig,
@@ -124,14 +126,21 @@ class ModelObjective(Objective):
         joint_space: whether features of images and texts may be compared; else `prompt_scores` compares them.
         block_count: blocks of its image tower whose class tokens `layer_vectors` gives; 0 for none.
         class_count: classes that its own head tells apart (`class_scores`); 0 for a method without such a head.
+        teacher: the key in `extra` of averaged parameters, a tree like that of the parameters, which are judged in
+            their place; None for a method without.
     """
 
     joint_space: bool = True
     class_count: int = 0
     block_count: int = 0
+    teacher: str | None = None
 
     module: nn.Module
     preprocess: PreprocessConfig
+
+    def judged(self, params: Any, extra: Any) -> Any:
+        """The parameters that evaluations, exports and further runs take: those trained, or the teacher's."""
+        return params if self.teacher is None else extra[self.teacher]
 
     def outputs(self, params: Any, batch: Mapping[str, jax.Array], intermediates: bool = True) -> dict[str, jax.Array]:
         """Named outputs of the model on a batch, without anything random."""
