@@ -8,12 +8,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.interop.formats import Format, check_expressible, check_supported, square_side
-from vlm_jax.interop.layouts import Shape
+from vlm_jax.interop.formats import ImageTowerFormat, check_expressible, check_supported, square_side
 from vlm_jax.interop.tables import (
     ConversionError,
     Row,
@@ -23,7 +20,6 @@ from vlm_jax.interop.tables import (
     from_heads,
     fused_attention,
     norm,
-    parameter_shapes,
     shape_of,
     to_heads,
     within,
@@ -43,7 +39,7 @@ _LIVE = {
 _RATIO = 4  # hidden width of a plain MLP over the width, in every published size
 
 
-class Dinov2Format(Format):
+class Dinov2Format(ImageTowerFormat):
     """A DINOv2 under the names of one library.
 
     Attributes:
@@ -57,6 +53,7 @@ class Dinov2Format(Format):
     block: str
     gate: str
     out: str
+    preprocess = "imagenet"
 
     def block_rows(self) -> list[Row]:
         """Attention, norms and layer scales of a block."""
@@ -88,12 +85,6 @@ class Dinov2Format(Format):
         if config.registers:
             rows.append(Row("registers", names["registers"], "batch_of_one"))
         return within(rows, "image/", "")
-
-    def shapes(self, config: ViTConfig) -> dict[str, Shape]:
-        """See the base."""
-        images = jax.ShapeDtypeStruct((1, *config.image_shape, 3), jnp.float32)
-        shapes = parameter_shapes(config.build(None, jnp.float32), images)
-        return {f"image/{path}": shape for path, shape in shapes.items()}
 
     def claims(self, config: Any) -> bool:
         """A ViT with layer scale, learned positions, a class token and a mask token."""

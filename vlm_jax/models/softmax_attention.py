@@ -39,10 +39,7 @@ def _forward(
     allowed = _allowed(mask, causal, logits_BxHxTxS.shape[-2:])
     if allowed is not None:
         logits_BxHxTxS = jnp.where(allowed, logits_BxHxTxS, MASKED)
-    # Not `jax.nn.softmax`: its exponential is divided by its own sum, so XLA holds it in fp32 beside the logits.
-    shifted_BxHxTxS = logits_BxHxTxS - logits_BxHxTxS.max(axis=-1, keepdims=True)
-    total_BxHxTx1 = jnp.log(jnp.exp(shifted_BxHxTxS).sum(axis=-1, keepdims=True))
-    weights_BxHxTxS = jnp.exp(shifted_BxHxTxS - total_BxHxTx1).astype(v.dtype)
+    weights_BxHxTxS = jax.nn.softmax(logits_BxHxTxS, axis=-1).astype(v.dtype)
     out_BxTxHxD = jnp.einsum("BHTS,BSHD->BTHD", weights_BxHxTxS, v)
     return out_BxTxHxD, (q, k, v, weights_BxHxTxS, out_BxTxHxD, bias, mask)
 
