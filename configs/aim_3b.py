@@ -13,4 +13,4 @@ RECIPE = config_module(Path(__file__).with_name("aim_600m.py"))
 
 
 def get_config(name: str = "") -> Config:
-    return variant(RECIPE.recipe("aim_3b", "AIM-3B", 1_250_000), name, {"smoke": RECIPE.SMOKE})
+    return variant(RECIPE.recipe("aim_3b", "AIM-3B", 1_250_000, fsdp_most=0), name, {"smoke": RECIPE.SMOKE})

@@ -46,8 +46,8 @@ def get_config(name: str = "") -> Config:
     return variant(recipe("aim_600m", "AIM-0.6B", 500_000), name, {"smoke": SMOKE})
 
 
-def recipe(name: str, size: str, steps: int) -> Config:
-    """What all sizes share."""
+def recipe(name: str, size: str, steps: int, fsdp_most: int = 16) -> Config:
+    """What all sizes share; `fsdp_most` shards of a weight, 0 for as many as there are chips."""
     return Config(
         name=name,
         objective=AimConfig(model=override(AIM[size], {"image.remat": "full", "head.remat": "full"})),
@@ -72,7 +72,7 @@ def recipe(name: str, size: str, steps: int) -> Config:
             schedule=Cosine(warmup_steps=steps // 40),
         ),
         parts=(Part("image", "image/.*"), Part("head", "head/.*")),
-        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=fsdp_most),
         train=TrainConfig(steps=steps, log_every=100),
         checkpoint=CheckpointConfig(every=2000, keep=3, keep_every=50_000),
     )

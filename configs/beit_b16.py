@@ -93,7 +93,7 @@ def get_config(name: str = "") -> Config:
             map=((r"tokenizer/(.*)", r"\1"),),
             skip=("image/.*", "head/.*"),
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
         train=TrainConfig(steps=EPOCHS * IMAGES // BATCH, log_every=100),
         checkpoint=CheckpointConfig(every=2000, keep=3, keep_every=50_000),
     )

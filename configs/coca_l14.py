@@ -77,7 +77,7 @@ def get_config(name: str = "") -> Config:
             Part("decoder", "decoder/.*"),
             Part("scale", "logit_scale"),
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
         train=TrainConfig(steps=STEPS, log_every=100),
         checkpoint=CheckpointConfig(every=2000, keep=3, keep_every=50_000),
     )

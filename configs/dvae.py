@@ -72,7 +72,7 @@ def get_config(name: str = "") -> Config:
             ),
         ),
         parts=(Part("encoder", "encoder/.*"), Part("decoder", "decoder/.*")),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
         train=TrainConfig(steps=STEPS, log_every=100, ema_decay=0.999),
         checkpoint=CheckpointConfig(every=5000, keep=3, keep_every=100_000),
     )

@@ -91,7 +91,7 @@ def get_config(name: str = "") -> Config:
         ),
         optimizer=AdamW(learning_rate=1e-3, weight_decay=0.05),
         parts=(Part("image", "image/.*", no_decay=NO_DECAY), Part("head", "head/.*")),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
         train=TrainConfig(steps=1, log_every=50, eval_every=steps(5)),
         checkpoint=CheckpointConfig(every=1000),
         # The decoder and the encoder's last norm stay behind; head and positions have their own start.

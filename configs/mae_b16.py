@@ -69,7 +69,7 @@ def get_config(name: str = "") -> Config:
             schedule=Cosine(warmup_steps=WARMUP_EPOCHS * IMAGES // BATCH),
         ),
         parts=(Part("image", "image/.*", no_decay=NO_DECAY), Part("decoder", "decoder/.*", no_decay=NO_DECAY)),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
         train=TrainConfig(steps=EPOCHS * IMAGES // BATCH, log_every=100),
         checkpoint=CheckpointConfig(every=2000, keep=3, keep_every=50_000),
     )

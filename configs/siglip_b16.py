@@ -66,7 +66,7 @@ def get_config(name: str = "") -> Config:
             Part("text", "text/.*", no_decay=NO_DECAY),
             Part("scale", "logit_(scale|bias)"),
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
         train=TrainConfig(steps=PAIRS // BATCH, log_every=100),
         checkpoint=CheckpointConfig(every=2000, keep=3, keep_every=50_000),
     )

@@ -84,7 +84,7 @@ def get_config(name: str = "") -> Config:
             schedule=Cosine(warmup_steps=10_000),
         ),
         parts=(Part("image", "image/.*", no_decay=NO_DECAY), Part("head", "head/.*", no_decay=NO_DECAY)),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, fsdp_most=16),
         train=TrainConfig(steps=IMAGES * EPOCHS // BATCH, log_every=50, eval_every=2500),
         checkpoint=CheckpointConfig(every=1000),
         evals=(AccuracyConfig("val", ClassFoldersConfig()),),

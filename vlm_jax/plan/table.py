@@ -9,14 +9,31 @@ from vlm_jax.plan.plan import make_plan, to_json
 from vlm_jax.plan.report import TABLE_HEAD, flags_text, table_row
 from vlm_jax.plan.topologies import parse_topology
 
+# All weights, gradients and slots in as many shards as there are chips, and nothing kept but the blocks' inputs.
+_FRUGAL = {
+    "mesh.fsdp_most": "0",
+    "objective.model.image.remat": "full",
+    "objective.model.text.remat": "full",
+}
+
 # (config, topology, slices, overrides)
 PLANS: tuple[tuple[str, str, int, dict[str, str]], ...] = (
     ("clip_l14.py", "v5e:16x16", 1, {}),
     ("clip_l14.py", "v6e:16x16", 1, {}),
+    ("clip_l14.py", "v5e:16x16", 1, _FRUGAL),
+    ("clip_l14.py", "v6e:16x16", 1, _FRUGAL),
     ("clip_l14.py", "v5p:4x4x4", 1, {}),
     ("clip_l14.py", "v4:4x8x8", 1, {}),
     ("clip_l14.py", "v5e:16x16", 2, {"data.batch_size": "65536"}),
     ("clip_l14.py", "v5e:8x8", 1, {"train.accum_steps": "4"}),
+    ("aim_7b.py", "v5e:16x16", 1, {}),
+    ("aim_600m.py", "v5e:8x8", 1, {}),
+    ("mae_l16.py", "v5e:8x8", 1, {}),
+    ("beit_b16.py", "v5e:8x8", 1, {}),
+    ("simmim_swin_b.py", "v5e:8x8", 1, {}),
+    ("dinov2_vitl14.py", "v5e:16x16", 1, {}),
+    ("siglip_b16.py", "v5e:16x16", 1, {}),
+    ("coca_l14.py", "v5e:16x16", 1, {}),
     ("clip_l14_336.py", "v5e:16x16", 1, {}),
     ("clip_b16.py", "v5e:8x8", 1, {}),
     ("clip_b32.py", "v5e:8x8", 1, {}),
