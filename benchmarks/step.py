@@ -28,6 +28,12 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 # Else JAX takes three quarters of a GPU's memory at once, and the peer has the rest.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+from vlm_jax import platforms
+
+# As `vlm_jax.main` does; KEEP_FREED_MEMORY=0 tells what it is worth.
+if os.environ.get("KEEP_FREED_MEMORY") != "0":
+    platforms.keep_freed_memory()
+
 import jax
 import jax.numpy as jnp
 import numpy as np

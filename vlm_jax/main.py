@@ -98,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     flags, overrides = parse(sys.argv[1:] if arguments is None else arguments)
     platforms.pass_over_missing_tpu()
+    if platforms.computes_on_cpu():
+        platforms.keep_freed_memory()
     from vlm_jax.checkpoint_format import CheckpointError
     from vlm_jax.data.bad_records import BadRecordBudgetExceeded
     from vlm_jax.data.pipeline import DataWorkerError
