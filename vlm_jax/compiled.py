@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils, serialize_executable
 
 from vlm_jax.assemble import Program
 from vlm_jax.metrics import writing
+from vlm_jax.platforms import libtpu_version
 from vlm_jax.schema import ConfigError, differences
 
 _FACTS = "facts.json"
@@ -27,14 +28,22 @@ def program_hash(lowered: Any) -> str:
 
 def _facts(lowered: Any, program: Program) -> dict[str, Any]:
     """What must agree between the making and the use of a compiled step."""
-    devices = program.mesh.devices.flat
+    devices = list(program.mesh.devices.flat)
     return {
         "program": program_hash(lowered),
         "jax": jax.__version__,
-        "platform": f"{devices[0].client.platform} {devices[0].client.platform_version}",
+        "platform": _compiler(devices[0]),
         "devices": f"{len(devices)} x {devices[0].device_kind}, {[device.id for device in devices]}",
-        "processes": jax.process_count(),
+        # of the devices and not of this job: one process compiles for a slice of many hosts
+        "processes": len({device.process_index for device in devices}),
     }
+
+
+def _compiler(device: Any) -> str:
+    """Platform and compiler of a device, which for a TPU need not be there."""
+    if device.platform == "tpu":
+        return f"tpu libtpu {libtpu_version()}"
+    return f"{device.client.platform} {device.client.platform_version}"
 
 
 def lower(program: Program, phase: int) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import glob
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -58,3 +59,11 @@ def _has_gpu_plugin() -> bool:
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def libtpu_version() -> str:
+    """The version of the compiler, or "none"."""
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

@@ -4,7 +4,9 @@ One process at a time should load libtpu, hence the group.
 """
 
 import json
+import zipfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +182,16 @@ def test_a_step_that_does_not_fit_says_what_to_change(
     assert "--config.train.accum_steps=2" in printed
     # what the text tower's blocks keep of 32 tokens of width 64, in 2 layers, 8 of the 32 rows on each device
     assert "128.00 KiB  float32[2, 32, 32, 64] / 4  jvp(TwoTower)/text/blocks" in printed
+
+
+def test_a_step_for_chips_that_are_elsewhere_can_be_written(tmp_path: Path) -> None:
+    """Its facts are those of the topology: one process per host of it, and the compiler that made it."""
+    file = tmp_path / "step"
+    flags = ["--config=configs/clip_l14.py:smoke", "--topology=v5e:4x4", f"--compiled={file}"]
+    assert main(flags) == 0
+    with zipfile.ZipFile(file) as saved:
+        facts, payload = json.loads(saved.read("0/facts.json")), saved.read("0/step")
+    assert facts["processes"] == 4
+    assert facts["devices"].startswith("16 x TPU v5 lite")
+    assert facts["platform"] == f"tpu libtpu {version('libtpu')}"
+    assert len(payload) > 10_000

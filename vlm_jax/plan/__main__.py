@@ -27,7 +27,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--json", metavar="FILE", help="write the plan (or the search's plans) there")
     parser.add_argument("--hlo", metavar="FILE", help="write the compiled program's text there")
     parser.add_argument(
-        "--compiled", metavar="FILE", help="without --topology: compile for this machine's devices, for vlm_jax.main"
+        "--compiled",
+        metavar="FILE",
+        help="write the compiled step there, for vlm_jax.main; without --topology it is for this machine's devices",
     )
     parser.add_argument("--shardings", action="store_true", help="list every array with its partition")
     parser.add_argument("--search", action="store_true", help="try meshes, remat, microbatches, optimiser dtypes")
@@ -44,7 +46,7 @@ def run(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
         print(describe_topologies())
         return 0
     if flags.compiled:
-        return _compile_here(flags, overrides)
+        return _write_compiled(flags, overrides)
     if not flags.table and (flags.config is None or flags.topology is None):
         missing = "--config" if flags.config is None else "--topology"
         raise ConfigError(
@@ -77,19 +79,24 @@ def run(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
-def _compile_here(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
-    """Writes the compiled steps of a config for the devices of this machine."""
-    if flags.config is None or flags.topology is not None:
-        raise ConfigError(
-            "--compiled compiles for the devices of this machine: give --config and no --topology; a step for chips "
-            "that are elsewhere is compiled there"
-        )
+def _write_compiled(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
+    """Writes the compiled steps of a config, for a topology or for the devices of this machine."""
+    if flags.config is None:
+        raise ConfigError("--compiled needs the config whose step it shall hold: --config=configs/clip_l14.py")
     from vlm_jax import compiled, distributed
     from vlm_jax.assemble import build_program
     from vlm_jax.config import load_config
 
-    distributed.start("off")
-    compiled.save(flags.compiled, build_program(load_config(flags.config, overrides)))
+    if flags.topology is None:
+        distributed.start("off")
+        program = build_program(load_config(flags.config, overrides))
+    else:
+        topology = parse_topology(flags.topology, flags.slices)
+        require_libtpu()
+        from vlm_jax.plan.compile import program_on
+
+        program = program_on(load_config(flags.config, overrides), topology)
+    compiled.save(flags.compiled, program)
     print(f"wrote {flags.compiled}; run it with python -m vlm_jax.main --compiled={flags.compiled} and the same flags")
     return 0
 
@@ -98,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The program; errors that a user can mend are one sentence, without a traceback."""
     flags, overrides = parse(sys.argv[1:] if arguments is None else arguments)
     # before anything below loads JAX
-    if flags.compiled:
+    if flags.compiled and flags.topology is None:
         platforms.pass_over_missing_tpu()
     else:
         set_environment()

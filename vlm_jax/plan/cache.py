@@ -12,7 +12,8 @@ import jax
 
 import vlm_jax
 from vlm_jax.config import Config, to_json
-from vlm_jax.plan.topologies import Topology, libtpu_version
+from vlm_jax.plan.topologies import Topology
+from vlm_jax.platforms import libtpu_version
 
 
 class PlanCache:

@@ -209,13 +209,3 @@ def abstract_devices(topology: Topology) -> list[Any]:
             "topologies.py; the table there must be brought up to this libtpu"
         )
     return list(devices)
-
-
-def libtpu_version() -> str:
-    """The version of the compiler, or "none"."""
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
