@@ -202,6 +202,24 @@ def test_a_source_without_a_usable_record_does_not_blame_the_budget(command: Com
     assert len(first) == len(set(first))
 
 
+def test_images_alone_train_a_method_that_reads_no_text_and_no_other(command: Command) -> None:
+    members = [(f"i{i:03d}.png", picture(3 * i)) for i in range(12)]
+    path = shard(command.folder / "s.tar", members + BAD["torn"] + BAD["bytes"] + BAD["cut"])
+    recipe = Path(__file__).parents[1] / "configs/mae_b16.py"
+    code, output, _ = command(f"--config={recipe}:smoke", data__path=path, evals="()", data__bad_record_budget=1)
+    assert code == 0
+    assert "done: 6 steps; 1 unusable records replaced" in output
+    assert {line.split()[1] for line in command.logged() if f"of {path} can't be used" in line} == {"cut"}
+    command.workdir = command.folder / "pairs"
+    command.caplog.clear()
+    paths = f"{path},{shard(command.folder / 'captioned.tar', good(12))}"
+    code, output, _ = command(data__path=paths, data__bad_record_budget=15, train__steps=8)  # CLIP: two epochs and more
+    assert code == 0
+    assert "done: 8 steps; 15 unusable records replaced" in output
+    mute = [line for line in command.logged() if f"of {path} can't be used: it has no caption (txt or json)" in line]
+    assert {line.split()[1] for line in mute} == {f"i{i:03d}" for i in range(12)}
+
+
 @contextlib.contextmanager
 def no_file_beyond(size: int) -> Iterator[None]:
     """Every write beyond `size` bytes of a file fails as on a full disk, whatever library and thread makes it."""

@@ -48,11 +48,11 @@ def draw_caption(record: Record, rng: np.random.Generator | None) -> str:
     """One of the captions: at random by their weights (evenly where they have none), or the first without `rng`.
 
     Raises:
-        BadRecord: the record has no caption.
+        BadRecord: the record has no caption, or none that can be read.
     """
     texts = record["texts"]
     if not texts:
-        raise BadRecord(record["where"], record["key"], "it has no caption")
+        raise BadRecord(record["where"], record["key"], record.get("no_caption", "it has no caption"))
     if rng is None:
         return texts[0]
     if "text_weights" not in record:

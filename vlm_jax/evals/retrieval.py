@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.data.images import decode
-from vlm_jax.data.sources import BadRecord, Source
+from vlm_jax.data.sources import BadRecord, Record, Source
 from vlm_jax.evals import pictures
 from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, EvalResult
 from vlm_jax.evals.benchmark_json import BenchmarkEntry
@@ -75,7 +75,7 @@ class RetrievalEvaluator:
         Raises:
             EvalError: no usable record, or an image without a caption.
         """
-        images_NxE, index_N = encode_images(self._encoder, params, self._source, self._config.name)
+        images_NxE, index_N = encode_images(self._encoder, params, _Readable(self._source), self._config.name)
         captions, owner_M = self._captions(index_N)
         group_N = _caption_groups(captions, owner_M) if self._config.shared_captions else np.arange(len(index_N))
         texts_MxE = np.concatenate(list(encode_texts(self._encoder, params, self._encoder.tokenize(captions))))
@@ -134,6 +134,22 @@ class RetrievalEvaluator:
         nearest = np.argsort(-scores_N, kind="stable")[: pictures.CANDIDATES]
         found = tuple(candidate(int(row)) for row in nearest)
         return pictures.Query(embedded.captions[text], found, candidate(own), own_rank=rank + 1)
+
+
+class _Readable:
+    """A source in which a caption that can't be read makes the record unusable."""
+
+    def __init__(self, source: Source):
+        self._source, self.class_names, self.texts = source, source.class_names, source.texts
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._source[index]
+        if "no_caption" in record:
+            raise BadRecord(record["where"], record["key"], record["no_caption"])
+        return record
 
 
 @dataclasses.dataclass(frozen=True)

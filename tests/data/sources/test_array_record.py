@@ -5,6 +5,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from vlm_jax import schema
+from vlm_jax.data.examples import draw_caption
 from vlm_jax.data.sources import ArrayRecordConfig, BadRecord, source_for_path
 from vlm_jax.data.sources.array_record import parse_example
 from vlm_jax.schema import ConfigError
@@ -108,7 +109,8 @@ def test_unusable_records_name_file_and_number(tmp_path):
     image, text = "no encoded image", "no 'caption'.*it has: "
     for index, why in enumerate(("not a tf", image, image, text, "not UTF-8", "is empty", "label is 7")):
         with pytest.raises(BadRecord, match=f"record number {index + 2} of .*a.array_record can't be used: .*{why}"):
-            source[index + 1]
+            draw_caption(source[index + 1], None)
+    assert [(source[index]["image"], source[index]["texts"]) for index in (4, 5, 6)] == [(b"x", ())] * 3
     with pytest.raises(BadRecord, match="label is b'two', not the number of one of the 2 class names"):
         source[8]
     data = bytearray((tmp_path / "a.array_record").read_bytes())
@@ -133,5 +135,6 @@ def test_wrong_files_and_features_are_named(tmp_path, path):
         ArrayRecordConfig(path=write(cut, [])).build("")
     with pytest.raises(ConfigError, match=r"are no tf\.train\.Example"):
         ArrayRecordConfig(path=write(cut, [b"junk"])).build("")
-    with pytest.raises(ConfigError, match="text_key and label_key are both empty"):
-        schema.validate(ArrayRecordConfig(text_key=()), "config.data.source")
+    alone = ArrayRecordConfig(path=f"{path}@3", text_key=())
+    schema.validate(alone, "config.data.source")
+    assert alone.build("")[1] | {"where": ""} == {"image": b"picture 1", "texts": (), "key": "number 2", "where": ""}

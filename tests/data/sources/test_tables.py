@@ -6,6 +6,7 @@ import pickle
 import pytest
 
 from vlm_jax import schema
+from vlm_jax.data.examples import draw_caption
 from vlm_jax.data.sources import BadRecord, CsvConfig, JsonlConfig, TarConfig, source_for_path
 from vlm_jax.schema import ConfigError
 
@@ -48,10 +49,7 @@ def test_jsonl_rows(folder, ending, tail):
         ('{"image": ', "not JSON in UTF-8"),
         ('["a"]', "is a list, not a JSON object"),
         ('{"image": "pictures/a.png", "caption": "\udcff"}', "not JSON in UTF-8"),
-        ('{"image": "pictures/a.png"}', "no 'caption'"),
         ('{"caption": "x"}', "names no image under 'image'"),
-        (row(caption=""), "caption is empty"),
-        (row(caption=[" ", ""]), "caption is empty"),
         (row("pictures/none.png"), "its image 'pictures/none.png' can't be read: No such file"),
         (row("pictures"), "Is a directory"),
     ],
@@ -65,10 +63,22 @@ def test_jsonl_unusable_lines_name_file_and_line(folder, line, why):
     assert source[2]["texts"] == ("first",)
 
 
-def test_jsonl_lone_surrogates_in_escapes(folder):
-    source = JsonlConfig(path=jsonl(folder, row(), '{"image": "pictures/a.png", "caption": "x\\ud800"}')).build("")
-    with pytest.raises(BadRecord, match="not valid UTF-8"):
-        source[1]
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"image": "pictures/a.png"}', "no 'caption' .the source's text_key.; it has: image"),
+        (row(caption=""), "caption is empty"),
+        (row(caption=[" ", ""]), "caption is empty"),
+        ('{"image": "pictures/a.png", "caption": "x\\ud800"}', "not valid UTF-8"),
+    ],
+)
+def test_jsonl_lines_without_a_caption_have_an_image_and_say_why(folder, line, why):
+    path = jsonl(folder, row(), line)
+    source = JsonlConfig(path=path).build("")
+    assert (source[1]["image"], source[1]["texts"]) == (b"a.png", ())
+    for read in (lambda: draw_caption(source[1], None), lambda: source.texts(1)):
+        with pytest.raises(BadRecord, match=f"record number 2 of {path} can't be used: .*{why}"):
+            read()
 
 
 def test_missing_columns_list_those_found_and_the_nearest(folder):
@@ -116,7 +126,8 @@ def test_csv_unusable_rows(folder):
         (4, "caption is empty"),
     ):
         with pytest.raises(BadRecord, match=f"number {index + 1} of .*t.csv.*{why}"):
-            source[index]
+            draw_caption(source[index], None)
+    assert [source[index]["image"] for index in (1, 3, 4)] == [b"a.png"] * 3
 
 
 def test_image_root(folder):
@@ -208,17 +219,30 @@ def test_several_captions_with_probabilities(folder, kind):
     assert (source[1]["texts"], source[1]["text_weights"]) == (("two",), (1.0,))
     if kind == "jsonl":
         with pytest.raises(BadRecord, match=r"no 'short' or 'long' \(the source's text_key\); it has: image, long"):
-            source[2]
+            draw_caption(source[2], None)
     for options, message in (
         ({"text_probabilities": (1.0,)}, "one number for each of"),
         ({"text_probabilities": (1.0, 0.0)}, "must be positive"),
         ({"text_key": ("a", "a")}, "names a key twice"),
-        ({"text_key": ()}, "text_key and label_key are both empty"),
     ):
         with pytest.raises(ConfigError, match=message):
             schema.validate(dataclasses.replace(config, **options), "config.data.source")
     assert schema.override(config, {"text_key": "caption"}).text_key == ("caption",)
     assert schema.override(config, {"text_key": "a,b"}).text_key == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv"])
+def test_a_table_of_images_alone(folder, name):
+    (folder / name).write_text('{"image": "pictures/a.png"}\n' if name == "t.jsonl" else "image\npictures/a.png\n")
+    config = source_for_path(str(folder / name))
+    with pytest.raises(ConfigError, match=r"no column 'caption' .*images without captions set .*text_key=\(\)"):
+        config.build("")
+    config = schema.override(config, {"text_key": "()"})
+    schema.validate(config, "config.data.source")
+    record = config.build("")[0]
+    assert (record["image"], record["texts"]) == (b"a.png", ())
+    with pytest.raises(BadRecord, match="it has no caption"):
+        draw_caption(record, None)
 
 
 def test_a_list_of_labels_is_several_classes(tmp_path):

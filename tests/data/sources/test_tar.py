@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax import schema
+from vlm_jax.data.examples import draw_caption
 from vlm_jax.data.sources import BadRecord, TarConfig, shards, source_for_path
 from vlm_jax.data.sources.paths import expand_braces, find_files
 from vlm_jax.schema import ConfigError
@@ -118,16 +119,8 @@ def test_kinds_of_members(tmp_path):
 @pytest.mark.parametrize(
     ("member", "why"),
     [
-        (("k.txt", b"\xff\xfe\xfa"), "can't be read: 'utf-8' codec"),
-        (("k.txt", b""), "its caption is empty"),
-        (("k.txt", b" \n "), "its caption is empty"),
-        (("k.json", b"{"), "can't be read"),
-        (("k.json", b'{"text": "x", "id": 3}'), "no 'caption' .*it has: text, id"),
-        (("k.json", b'{"caption": 3}'), "is a int, not a text"),
-        (("k.json", b'{"caption": []}'), "its caption is empty"),
         (("k.cls", b"dog"), "not a number"),
         (("k.cls", b"7"), "2 class names"),
-        (("k.xyz", b""), "no caption .* and no label"),
     ],
 )
 def test_unusable_records_name_shard_and_key(tmp_path, member, why):
@@ -139,6 +132,30 @@ def test_unusable_records_name_shard_and_key(tmp_path, member, why):
     again = pickle.loads(pickle.dumps(caught.value))
     assert str(again) == str(caught.value)
     assert usable(source)[0] == ["0000", "0002"]
+
+
+@pytest.mark.parametrize(
+    ("member", "why"),
+    [
+        (("k.txt", b"\xff\xfe\xfa"), "can't be read: 'utf-8' codec"),
+        (("k.txt", b""), "its caption is empty"),
+        (("k.txt", b" \n "), "its caption is empty"),
+        (("k.json", b"{"), "can't be read"),
+        (("k.json", b'{"text": "x", "id": 3}'), "no 'caption' .*it has: text, id"),
+        (("k.json", b'{"caption": 3}'), "is a int, not a text"),
+        (("k.json", b'{"caption": []}'), "its caption is empty"),
+        (("k.xyz", b""), "it has no caption .txt or json."),
+    ],
+)
+def test_records_without_a_caption_have_an_image_and_say_why(tmp_path, member, why):
+    path = write_shard(tmp_path / "s.tar", [*pairs(0, 1), ("k.png", png()), member, *pairs(2, 1)])
+    source = TarConfig(path=path).build("")
+    assert (source[1]["image"], source[1]["texts"]) == (png(), ())
+    assert usable(source) == (["0000", "k", "0002"], [])
+    for read in (lambda: draw_caption(source[1], None), lambda: source.texts(1)):
+        with pytest.raises(BadRecord, match=why) as caught:
+            read()
+        assert (caught.value.where, caught.value.key) == (path, "k")
 
 
 def test_captions_of_several_json_keys_with_probabilities(tmp_path):

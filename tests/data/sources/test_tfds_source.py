@@ -8,6 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from vlm_jax.data.examples import draw_caption
 from vlm_jax.data.images import decode
 from vlm_jax.data.sources import BadRecord, TfdsConfig, source_for_path
 from vlm_jax.schema import ConfigError
@@ -73,8 +74,9 @@ def test_empty_captions_and_labels_alone(path):
     source = TfdsConfig(path=path, text_key=("caption",), label_key="").build("")
     bad = []
     for index in range(5):
+        assert "label" not in source[index]
         try:
-            assert "label" not in source[index]
+            draw_caption(source[index], None)
         except BadRecord as error:
             bad.append(str(error))
     assert len(bad) == 1

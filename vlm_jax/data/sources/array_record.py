@@ -12,6 +12,7 @@ from typing import Any
 from vlm_jax.data.sources.base import BadRecord, Record
 from vlm_jax.data.sources.keyed import KeyedConfig
 from vlm_jax.data.sources.paths import find_files
+from vlm_jax.data.sources.texts import captions_or_why
 from vlm_jax.data.sources.tfds_source import decoded
 from vlm_jax.schema import ConfigError
 
@@ -59,7 +60,7 @@ class ArrayRecordSource:
         image = row.get(self.config.image_key)
         if not image or not isinstance(image[0], bytes):
             raise BadRecord(where, key, f"it has no encoded image under {self.config.image_key!r}")
-        texts = self._texts(row, where, key) if self.captions.keys else {"texts": ()}
+        texts = captions_or_why(lambda: self._texts(row, where, key)) if self.captions.keys else {"texts": ()}
         return {"image": image[0], **texts, **self._label(row, where, key), "key": key, "where": where}
 
     def texts(self, index: int) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ import numpy as np
 from vlm_jax.schema import Choice, ConfigError
 
 Record = dict[str, Any]
-"""One example as it is stored: `image` (encoded bytes, uint8 [H, W, 3], or None), `texts` (tuple of captions, at
-least one), `key`, `where` (the shard or file it came from), for labelled sources `label` (int), and `text_weights`
-(the probability of each caption) where the source gives its captions different ones."""
+"""One example as it is stored: `image` (encoded bytes, or uint8 [H, W, 3]), `texts` (tuple of captions, which may be
+empty), `key`, `where` (the shard or file it came from), for labelled sources `label` (int), `text_weights` (the
+probability of each caption) where the source gives its captions different ones, and `no_caption` (why `texts` is empty)
+where a caption was looked for: who needs one raises `BadRecord` with it, who reads the image alone doesn't."""
 
 
 class BadRecord(Exception):  # noqa: N818 - it names the record, and most are replaced
@@ -46,11 +47,15 @@ class Source(Protocol):
         ...
 
     def __getitem__(self, index: int) -> Record:
-        """The record; raises `BadRecord` when it can't be read or has no caption."""
+        """The record; raises `BadRecord` when it has no image that can be read, or its label is no class."""
         ...
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """The captions alone, without reading the image where that can be avoided; raises `BadRecord` likewise."""
+        """The captions alone, without reading the image where that can be avoided.
+
+        Raises:
+            BadRecord: there is none, or it can't be read.
+        """
         ...
 
 

@@ -17,21 +17,19 @@ class KeyedConfig(SourceConfig):
     path: str = ""
     # name of the image, or of its file
     image_key: str = "image"
-    # names of the captions, whose values may be lists of captions; empty: the records have labels alone
+    # names of the captions, whose values may be lists of captions; empty: none are read
     text_key: tuple[str, ...] = ("caption",)
     # how often the captions of each name are trained on; empty: every caption is as likely as every other
     text_probabilities: tuple[float, ...] = ()
-    # name of the class; empty: the records have captions alone
+    # name of the class; empty: none is read
     label_key: str = ""
     # names of the classes in the order of their numbers; empty: what the data say of them
     class_names: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Names that can't all be read, or none to learn from."""
+        """Names that can't all be read."""
         if self.image_key in self.text_key:
             yield "text_key", f"= {self.text_key!r} holds image_key too; give the name of the captions"
-        if not self.text_key and not self.label_key:
-            yield "text_key", "and label_key are both empty; give the name of the captions or of the class"
         if len(set(self.class_names)) != len(self.class_names):
             yield "class_names", "names a class twice"
         yield from self.caption_keys().problems()
@@ -52,6 +50,8 @@ class KeyedConfig(SourceConfig):
             if name not in found:
                 near = difflib.get_close_matches(name, found, n=1, cutoff=0.3)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
+                if field == "text_key":
+                    hint += "; for images without captions set config.data.source.text_key=()"
                 raise ConfigError(
                     f"{where} has no {kind} {name!r} (config.data.source.{field}); "
                     f"it has: {', '.join(found) or '(none)'}{hint}"

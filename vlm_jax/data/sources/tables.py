@@ -13,6 +13,7 @@ import numpy as np
 
 from vlm_jax.data.sources.base import BadRecord, PackedStrings, Record
 from vlm_jax.data.sources.keyed import KeyedConfig
+from vlm_jax.data.sources.texts import captions_or_why
 from vlm_jax.schema import ConfigError
 
 _SCAN_BYTES = 1 << 24
@@ -22,7 +23,7 @@ _EXTRA = "(fields beyond the header)"
 
 @dataclasses.dataclass(frozen=True)
 class TableConfig(KeyedConfig):
-    """One row per image; every row names its file and its caption, its class (a number or a name), or both.
+    """One row per image; every row names its file, and may name its caption and its class (a number or a name).
 
     Classes without `class_names` are numbered in the sorted order of their names.
     """
@@ -144,7 +145,7 @@ class JsonlSource:
         name = row.get(self.config.image_key)
         if not isinstance(name, str) or not name:
             raise BadRecord(self.config.path, key, f"it names no image under {self.config.image_key!r}")
-        texts = self.captions.read(row, where, key) if self.captions.keys else {"texts": ()}
+        texts = captions_or_why(lambda: self.captions.read(row, where, key)) if self.captions.keys else {"texts": ()}
         label = self.labels.read(row.get(self.config.label_key), where, key) if self.config.label_key else {}
         return {"image": self.config.read_image(name, key), **texts, **label, "key": key, "where": where}
 
@@ -234,7 +235,7 @@ class CsvSource:
         """The bytes of the image file, its captions, and its label when there is one."""
         key, where, name = self._key(index), self.config.path, self.columns[self.config.image_key][index]
         self._check_fields(index)
-        texts = self._texts(index) if self.caption_keys.keys else {"texts": ()}
+        texts = captions_or_why(lambda: self._texts(index)) if self.caption_keys.keys else {"texts": ()}
         if not name:
             raise BadRecord(where, key, f"its column {self.config.image_key!r} is empty")
         label = {}

@@ -14,13 +14,13 @@ from typing import Any
 from vlm_jax.data.sources.base import BadRecord, Record, SourceConfig
 from vlm_jax.data.sources.paths import find_files
 from vlm_jax.data.sources.shards import IMAGE, JSON, LABEL, TEXT, ShardIndex, shard_index
-from vlm_jax.data.sources.texts import CaptionKeys, checked_texts
+from vlm_jax.data.sources.texts import CaptionKeys, captions_or_why, checked_texts
 from vlm_jax.schema import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class TarConfig(SourceConfig):
-    """Shards of images with captions, labels, or both."""
+    """Shards of images, with captions, labels, both or neither."""
 
     # shard-{000..009}.tar, a glob, a folder, or several of these with commas between
     path: str = ""
@@ -74,17 +74,13 @@ class TarSource:
         """The image's bytes, its captions, and its label when there is one."""
         shard, row = self._locate(index)
         where, key = self.shards[shard], self.indices[shard].keys[row]
-        record = {
-            "image": self._part(shard, row, IMAGE),
-            **(self._texts(shard, row) if self._has_text(shard, row) else {"texts": ()}),
-            "key": key,
-            "where": where,
-        }
-        label = self._part(shard, row, LABEL)
-        if record["image"] is None:
+        image, label = self._part(shard, row, IMAGE), self._part(shard, row, LABEL)
+        if image is None:
             raise BadRecord(where, key, "it has no image (jpg, jpeg, png or webp)")
-        if label is None and not record["texts"]:
-            raise BadRecord(where, key, "it has no caption (txt or json) and no label (cls)")
+        texts: dict[str, Any] = {"texts": ()}
+        if label is None or self._has_text(shard, row):
+            texts = captions_or_why(lambda: self._texts(shard, row))
+        record = {"image": image, **texts, "key": key, "where": where}
         return record if label is None else {**record, "label": self._label(label, where, key)}
 
     def texts(self, index: int) -> tuple[str, ...]:

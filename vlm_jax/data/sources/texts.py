@@ -1,10 +1,18 @@
 """The captions of a record: which stored values they are, whether they can be read, and those made from class names."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.data.sources.base import BadRecord
+
+
+def captions_or_why(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `read` gives of a record; where it finds no caption that can be used, none, and `no_caption`, why."""
+    try:
+        return read()
+    except BadRecord as error:
+        return {"texts": (), "no_caption": error.why}
 
 
 def checked_texts(texts: Iterable[Any], where: str, key: str) -> tuple[str, ...]:

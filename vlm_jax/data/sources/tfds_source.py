@@ -9,6 +9,7 @@ import numpy as np
 
 from vlm_jax.data.sources.base import BadRecord, Record
 from vlm_jax.data.sources.keyed import KeyedConfig
+from vlm_jax.data.sources.texts import captions_or_why
 from vlm_jax.schema import ConfigError
 
 
@@ -74,7 +75,7 @@ class TfdsSource:
         row, key = self._row(index), self._key(index)
         record: Record = {
             "image": _value(row, self.config.image_key),
-            **(self._texts(row, key) if self.config.text_key else {"texts": ()}),
+            **(captions_or_why(lambda: self._texts(row, key)) if self.config.text_key else {"texts": ()}),
             "key": key,
             "where": self.where,
         }
