@@ -69,6 +69,9 @@ class Objective:
 
     # whether the loss couples the rows of a batch, so that microbatches must share one `pair_loss`
     coupled: bool = False
+    # whether `pair_loss` sees no more of the embeddings than their sums over the rows (several means with counts of
+    # their own): the loss of a data set is then that of the sums over it
+    additive: bool = False
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """(params, extra): params as nested dicts, weights in the boxes that carry their logical names."""

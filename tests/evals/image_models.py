@@ -8,6 +8,7 @@ import tiny
 from jax.sharding import Mesh
 
 from vlm_jax.assemble import Program
+from vlm_jax.data.text import Tokenizer
 from vlm_jax.evals.encoder import MeshEncoder
 from vlm_jax.evals.held_out import HeldOut
 from vlm_jax.models.classifier import ClassifierConfig
@@ -27,13 +28,15 @@ MAE = MaeConfig(
 )
 
 
-def encoder(objective: Any, mesh: Mesh | None = None, batch_size: int = 16) -> tuple[MeshEncoder, Any, Program]:
+def encoder(
+    objective: Any, mesh: Mesh | None = None, batch_size: int = 16, tokenizer: Tokenizer | None = None
+) -> tuple[MeshEncoder, Any, Program]:
     """(encoder, initial parameters, program)."""
     program = tiny.program(mesh, objective=objective, evals=())
     config = program.config
     method = config.objective.without_dropping().build(config.data.preprocess, config.compute_dtype())
     plain = dataclasses.replace(config.data, augment=None)
-    held_out = HeldOut(method, config.objective.make_example(None, plain))
-    made = MeshEncoder(program.objective, None, config.objective.image_size, program.mesh, batch_size, held_out)
+    held_out = HeldOut(method, config.objective.make_example(tokenizer, plain))
+    made = MeshEncoder(program.objective, tokenizer, config.objective.image_size, program.mesh, batch_size, held_out)
     with jax.set_mesh(program.mesh):
         return made, program.setup.init().params, program

@@ -1,5 +1,6 @@
 """The loss on held-out images: a loop over records, any mesh and batch, and methods that have no such loss."""
 
+import dataclasses
 from typing import Any
 
 import image_models
@@ -10,7 +11,10 @@ import pytest
 import tiny
 
 from vlm_jax.data.sources import DigitsConfig
+from vlm_jax.data.text import SentencePieceConfig, build_tokenizer
 from vlm_jax.evals.held_out_loss import HeldOutLossConfig
+from vlm_jax.models.aimv2 import Aimv2ModelConfig, MultimodalDecoderConfig, aimv2_encoder
+from vlm_jax.objectives.aimv2 import Aimv2Config
 from vlm_jax.objectives.beit import BeitConfig
 from vlm_jax.objectives.mixing import MixingConfig
 from vlm_jax.schema import ConfigError, override
@@ -40,6 +44,40 @@ def test_it_is_a_loop_over_records(objective: Any) -> None:
     assert found["held_out_loss/digits/loss"] == pytest.approx(total / count, rel=1e-5)
     assert found["held_out_loss/digits/count"] == count
     assert np.isfinite(total)
+
+
+def test_a_loss_of_two_means_takes_each_over_the_whole_source() -> None:
+    """AIMv2: one mean over all hidden patches and one over all words, of one record after the other.
+
+    Which of a record's captions it is (seed, place) decides too, and they differ in length.
+    """
+    source = DigitsConfig(split="test").build("")
+    texts = [text for place in range(60) for text in source.texts(place)]
+    tokenizer = build_tokenizer(SentencePieceConfig(length=16, vocab_size=320, bos=False), texts)
+    objective = Aimv2Config(
+        model=Aimv2ModelConfig(
+            override(aimv2_encoder(16, 1, 2, 24, image_size=8), {"patch_size": 2}),
+            MultimodalDecoderConfig(width=16, depth=1, heads=2, mlp_dim=24, vocab_size=320, length=16, pad_id=0),
+        )
+    )
+    _, params, program = image_models.encoder(objective, tokenizer=tokenizer)
+    method = program.objective
+    rows = objective.make_example(tokenizer, dataclasses.replace(program.config.data, augment=None))
+    embed = jax.jit(lambda row, key: method.embed(params, {}, row, key, jnp.int32(0)))
+    sums: dict[str, float] = {}
+    words = set()
+    for place in range(21):
+        row = {name: value[None] for name, value in rows(source[place], np.random.default_rng((3, place))).items()}
+        words.add(int((row["text"] != 0).sum()))
+        for name, value in embed(row, jax.random.fold_in(jax.random.key(3), place)[None]).items():
+            sums[name] = sums.get(name, 0.0) + float(value[0])
+    assert len(words) > 1
+    want = sums["words/sum"] / sums["words/count"] + 0.4 * sums["pixels/sum"] / sums["pixels/count"]
+    for mesh, batch_size in ((None, 16), (tiny.mesh(2, 2), 8), (None, 21)):
+        encoder, params, _ = image_models.encoder(objective, mesh, batch_size, tokenizer)
+        found = CONFIG.build(encoder, "").run(params, 0).metrics
+        assert found["held_out_loss/digits/loss"] == pytest.approx(want, rel=1e-5)
+        assert found["held_out_loss/digits/count"] == 21
 
 
 def test_no_mesh_and_no_batch_changes_it() -> None:

@@ -84,8 +84,8 @@ class Encoder(Protocol):
         """uint8 [B, H, W, 3] by name: what the method makes of what it hides, which (seed, index) decides."""
         ...
 
-    def held_out_loss(self, params: Any, batch: Mapping[str, jax.Array], seed: int) -> tuple[float, float]:
-        """(sum, count) of the method's own loss over the usable rows of a batch of `loss_batches`."""
+    def held_out_loss(self, params: Any, batches: Iterable[Mapping[str, jax.Array]], seed: int) -> tuple[float, float]:
+        """(sum, count) of the method's own loss over the usable rows of `loss_batches`."""
         ...
 
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:

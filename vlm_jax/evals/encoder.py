@@ -1,7 +1,7 @@
 """The model as evaluations see it: an objective's features, jitted once each, with its own tokenizer and images."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,7 +71,7 @@ class MeshEncoder:
             return self._image(params, images_BxHxWx3)
 
     def offers(self, function: Offer) -> bool:
-        """Whether the method defines it; for its loss: whether single rows have one, of nothing but parameters."""
+        """Whether the method defines it; for its loss: whether sums over rows tell it, and nothing but parameters."""
         if function == "held_out_loss":
             return self._held_out is not None and self._held_out.possible
         return getattr(type(self._objective), function) is not getattr(ModelObjective, function)
@@ -100,11 +100,11 @@ class MeshEncoder:
         with jax.set_mesh(self._mesh):
             return self._reconstruct(params, images_BxHxWx3, example_keys(index_B, seed))
 
-    def held_out_loss(self, params: Any, batch: Mapping[str, jax.Array], seed: int) -> tuple[float, float]:
-        """(sum, count) of a batch of `loss_batches`."""
+    def held_out_loss(self, params: Any, batches: Iterable[Mapping[str, jax.Array]], seed: int) -> tuple[float, float]:
+        """(sum, count) over the usable rows of `loss_batches`."""
         assert self._held_out is not None, "asked for without offering it"
         with jax.set_mesh(self._mesh):
-            return self._held_out.loss(params, batch, seed)
+            return self._held_out.loss(params, batches, seed)
 
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
         """uint8 [B, H, W, 3] -> [B, C]."""

@@ -7,8 +7,6 @@ its loss is 0 / 0; here what a method hides is drawn as in training, by a seed a
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from vlm_jax.data.sources import Source
 from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, EvalResult
 from vlm_jax.evals.features import lookahead
@@ -20,14 +18,15 @@ class HeldOutLossConfig(EvalConfig):
     """The method's own loss, with no drop path, dropout or augmentation.
 
     Metrics, under `held_out_loss/<name>/`: `loss`, the sum over the whole source divided by the count over the whole
-    source, and `count`, how much was counted (images, or hidden patches, or tokens).
+    source, and `count`, how much was counted (images, or hidden patches, or tokens). A loss of several means (AIMv2's)
+    takes each of them over the whole source, and `count` is that of the images.
     """
 
     # Of everything that is drawn: with the record's place it decides what is hidden of an image.
     seed: int = 0
 
     def build(self, encoder: Encoder, cache_dir: str) -> "HeldOutLossEvaluator":
-        """Opens the source; raises `ConfigError` also for a method whose loss is not a sum over rows."""
+        """Opens the source; raises `ConfigError` also for a method whose loss is not made of sums over rows."""
         if not encoder.offers("held_out_loss"):
             raise ConfigError(
                 f"Evaluation {self.name!r} (held_out_loss): the loss of this method couples the rows of a batch or "
@@ -46,11 +45,8 @@ class HeldOutLossEvaluator:
         """Sums over the source; raises `EvalError` when nothing counts."""
         del step  # Draws no picture.
         config = self._config
-        pairs = [
-            self._encoder.held_out_loss(params, batch, config.seed)
-            for batch in lookahead(self._encoder.loss_batches(self._source, config.seed))
-        ]
-        total, count = (float(np.sum(column, dtype=np.float64)) for column in zip(*pairs, strict=True))
+        batches = lookahead(self._encoder.loss_batches(self._source, config.seed))
+        total, count = self._encoder.held_out_loss(params, batches, config.seed)
         if not count:
             raise EvalError(
                 f"Evaluation {config.name!r} found nothing to count among {len(self._source)} records; see the log "

@@ -84,7 +84,7 @@ class Aimv2(ImageObjective):
     that one `pair_loss` of the whole batch adds up both exactly.
     """
 
-    coupled = True
+    coupled = additive = True
     joint_space = False
 
     def __init__(self, config: Aimv2Config, preprocess: PreprocessConfig, dtype: Dtype):
