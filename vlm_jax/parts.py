@@ -28,6 +28,9 @@ _EMBEDDINGS = re.compile(
     r"(.*/)?(patch_embed|patch_norm|pos_embed|class_token|mask_token|registers|token_embed|ln_pre)(/.*)?"
 )
 _BLOCKS = re.compile(r"(.*/)?blocks/.*")
+# Swin: blocks in stages, even and odd ones in stacks of their own; what merges patches belongs to the stage before it.
+_STAGE = re.compile(r"(?:.*/)?stage(\d+)/blocks/(regular|shifted)/.*")
+_MERGE = re.compile(r"(?:.*/)?merge(\d+)/.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Part:
     no_decay: str = GAINS_AND_BIASES  # regular expression of the paths without weight decay
     frozen: bool = False  # neither differentiated nor updated, and without optimiser slots
     start_step: int = 0  # first step that moves it; before, only its moments follow the gradient (DINO's last layer)
-    layer_decay: float = 1.0  # factor on the learning rate from one layer to the one below it (BEiT, MAE fine-tuning)
+    # factor on the learning rate from one layer to the one below it (fine-tuning of BEiT, MAE, SimMIM)
+    layer_decay: float = 1.0
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Patterns that don't compile and factors out of range."""
@@ -120,23 +124,35 @@ class Parts:
         part = self.part_of[path]
         if part.layer_decay == 1.0:
             return part.lr
-        layers = self._depth(path)
-        if _EMBEDDINGS.fullmatch(path):
-            return part.lr * part.layer_decay ** (layers + 1)
-        if _BLOCKS.fullmatch(path) and self.names[path][0] == "layers":
-            exponents = np.arange(layers, 0, -1, dtype=np.float32)
-            return (part.lr * part.layer_decay**exponents).reshape(-1, *[1] * (ndim - 1)).astype(np.float32)
-        return part.lr
+        depths = self._depths(path)
+        above = sum(depths) + 1 - self._layers(path, depths)
+        if isinstance(above, int):
+            return part.lr * part.layer_decay**above
+        exponents = above.astype(np.float32)
+        return (part.lr * part.layer_decay**exponents).reshape(-1, *[1] * (ndim - 1)).astype(np.float32)
 
-    def _depth(self, path: str) -> int:
-        """Layers of the tower that a parameter belongs to: the deepest stack under the same first name."""
-        tower = path.partition("/")[0] + "/"
-        depths = [
-            self.shapes[other][0]
-            for other, names in self.names.items()
-            if names and names[0] == "layers" and (other.startswith(tower) or "/" not in tower)
-        ]
-        return max(depths, default=0)
+    def _layers(self, path: str, depths: Sequence[int]) -> Any:
+        """The layer of a parameter, or of each row of a stack: 0 below the blocks, 1, ..., and one more above them."""
+        if _EMBEDDINGS.fullmatch(path):
+            return 0
+        if merge := _MERGE.fullmatch(path):
+            return sum(depths[: int(merge[1])])
+        if staged := _STAGE.fullmatch(path):
+            stage, odd = int(staged[1]), staged[2] == "shifted"
+            return np.arange(sum(depths[: stage - 1]) + 1 + odd, sum(depths[:stage]) + 1, 2)
+        if _BLOCKS.fullmatch(path) and self.names[path][0] == "layers":
+            return np.arange(1, sum(depths) + 1)
+        return sum(depths) + 1
+
+    def _depths(self, path: str) -> list[int]:
+        """Blocks of each stage of the tower that a parameter belongs to; without stages, of the deepest stack there."""
+        tower, depths = path.partition("/")[0] + "/", {}
+        for other, names in self.names.items():
+            if names and names[0] == "layers" and other.startswith(tower):
+                staged = _STAGE.fullmatch(other)
+                stage, blocks = (int(staged[1]), 2) if staged else (1, 1)
+                depths[stage] = max(depths.get(stage, 0), blocks * self.shapes[other][0])
+        return [depths[stage] for stage in sorted(depths)]
 
 
 def merge(live: PyTree, frozen: PyTree) -> PyTree:

@@ -6,6 +6,7 @@ Only parameters are taken: never the step, the optimiser or the data position. R
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
@@ -35,7 +36,7 @@ class InitFrom:
     ignore: tuple[str, ...] = ()  # patterns of the source's parameters that aren't needed
     # patterns of position embeddings and of tables of relative positions that may be resized; a table that all blocks
     # share in the source may be mapped to one for each block
-    resize: tuple[str, ...] = (r"(.*/)?pos_embed", r"(.*/)?relative_position/table")
+    resize: tuple[str, ...] = (r"(.*/)?pos_embed", r"(.*/)?(relative_position|position_bias)/table")
     # the averaged parameters where the source has them (a moving average, a teacher), or the raw ones
     weights: Literal["ema", "params"] = "ema"
 
@@ -89,8 +90,7 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
     for path, source_path in sources.items():
         old_shape, new_shape = tuple(source[source_path]["shape"]), ours[path].shape
         if any(re.fullmatch(pattern, path) for pattern in init_from.resize):
-            kind = _TableResize if path.endswith("/table") else _Resize
-            resize = kind(source_path, old_shape, path, new_shape, meta["config"], new_config)
+            resize = _resize_kind(path)(source_path, old_shape, path, new_shape, meta["config"], new_config)
             if resize.needed():
                 resizes[path] = resize
                 problems += resize.problems()
@@ -219,6 +219,23 @@ class _TableResize(_Resize):
         stacked = table.reshape(-1, *table.shape[-2:])
         resized = np.stack([resize_relative(one, (old_rows, old_columns), (rows, columns)) for one in stacked])
         return np.broadcast_to(resized if len(self.new_shape) == 3 else resized[0], self.new_shape)
+
+
+class _WindowResize(_TableResize):
+    """That of tables of offsets in a window, which is square and has no class token: its rows tell its side."""
+
+    def __init__(
+        self, old_path: str, old_shape: tuple[int, ...], new_path: str, new_shape: tuple[int, ...], *configs: Any
+    ) -> None:
+        super().__init__(old_path, old_shape, new_path, new_shape, *configs)
+        self.old_grid, self.new_grid = (((math.isqrt(rows) + 1) // 2,) * 2 for *_, rows, _ in (old_shape, new_shape))
+
+
+def _resize_kind(path: str) -> type[_Resize]:
+    """What resizes the parameter at a path of this model."""
+    if path.endswith("/position_bias/table"):
+        return _WindowResize
+    return _TableResize if path.endswith("/table") else _Resize
 
 
 def _grid(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:

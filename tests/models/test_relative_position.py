@@ -125,3 +125,32 @@ def test_a_warm_start_resizes_the_table_and_gives_every_block_its_copy(tmp_path:
     heads = {"image": {"relative_position": {"table": jnp.zeros((84, 3))}}}
     with pytest.raises(ConfigError, match="only the number of offsets can be resized"):
         warm_start(heads, init_from, larger_config())
+
+
+def test_a_warm_start_resizes_the_tables_of_windows_each_by_itself(tmp_path: Any) -> None:
+    """Swin's: the window and not the image decides. A cubic of the stretched places is found again at whole ones."""
+    places = np.asarray([-d for d in stretched(6, 7)[:0:-1]] + stretched(6, 7))
+
+    def tables(places: np.ndarray) -> np.ndarray:
+        y, x = places[:, None], places[None]
+        one = np.stack([0.1 * y**3 - x, x**2 + 0.5 * y], axis=-1).reshape(-1, 2)
+        return np.stack([one, -2 * one, one + 1]).astype(np.float32)
+
+    def params(table: Any, kept: Any) -> Any:
+        names = ("regular", "shifted")
+        blocks = {name: {"position_bias": {"table": x}} for name, x in zip(names, (table, kept), strict=True)}
+        return {"image": {"stage1": {"blocks": blocks}}}
+
+    kept = np.random.default_rng(0).normal(size=(3, 9, 2)).astype(np.float32)
+    model = {"image": {"image_size": 192, "patch_size": 4, "window": 6}}
+    config = {"objective": {"model": model}}
+    save_params(tmp_path / "s", params(tables(places), kept), config=config, tokenizer=None, preprocess={})
+    ours = params(jnp.zeros((3, 169, 2)), jnp.zeros((3, 9, 2)))
+    new_config = {"objective": {"model": {"image": {"image_size": 224, "patch_size": 4, "window": 7}}}}
+    found = warm_start(ours, InitFrom(path=str(tmp_path / "s")), new_config)["image"]["stage1"]["blocks"]
+    table = found["regular"]["position_bias"]["table"]
+    np.testing.assert_allclose(table, tables(np.arange(-6.0, 7.0)), atol=2e-5)
+    np.testing.assert_array_equal(found["shifted"]["position_bias"]["table"], kept)
+    heads = params(jnp.zeros((3, 169, 4)), jnp.zeros((3, 9, 2)))
+    with pytest.raises(ConfigError, match="only the number of offsets can be resized"):
+        warm_start(heads, InitFrom(path=str(tmp_path / "s")), new_config)
