@@ -1,5 +1,7 @@
 """Part rules: order, coverage, unused rules, splitting and factors."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,21 @@ def test_rules_that_cannot_be_meant(rules: tuple[Part, ...], words: list[str]) -
     with pytest.raises(ConfigError) as error:
         resolve(*rules)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_what_gets_no_gradient_must_be_frozen() -> None:
+    flat = paths(PARAMS)
+    names, shapes = {p: (None,) * x.ndim for p, x in flat.items()}, {p: x.shape for p, x in flat.items()}
+    text, rest = Part("text", "text/.*"), Part("rest", ".*")
+    Parts((dataclasses.replace(text, frozen=True), rest), names, shapes, ("text/.*",))
+    with pytest.raises(
+        ConfigError, match=r"config\.parts\.text trains .* text/token_embed, .*parts\.text\.frozen = true"
+    ):
+        Parts((text, rest), names, shapes, ("text/.*",))
+    with pytest.raises(
+        ConfigError, match=r"parts\.rest trains .* text/token_embed, .*a rule for 'text/\.\*' with frozen"
+    ):
+        Parts((rest,), names, shapes, ("text/.*",))
 
 
 def test_split_and_merge() -> None:

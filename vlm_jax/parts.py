@@ -71,11 +71,14 @@ class Parts:
 
     Args:
         rules: in order; the first match wins.
-        paths: parameter path -> logical names of its axes (`vlm_jax.mesh.logical_names`).
+        names: parameter path -> logical names of its axes (`vlm_jax.mesh.logical_names`).
         shapes: parameter path -> shape.
+        without_gradient: regular expressions of the parameters that the loss gives no gradient to: weight decay alone
+            would wear them away.
 
     Raises:
-        ConfigError: two rules of one name, a parameter that no rule covers, a rule that covers none, all frozen.
+        ConfigError: two rules of one name, a parameter that no rule covers, a rule that covers none, all frozen, or
+            one without a gradient that isn't.
     """
 
     def __init__(
@@ -83,11 +86,14 @@ class Parts:
         rules: Sequence[Part],
         names: Mapping[str, Sequence[str | None]],
         shapes: Mapping[str, tuple[int, ...]],
+        without_gradient: Sequence[str] = (),
     ):
         self.names, self.shapes = dict(names), dict(shapes)
         self.part_of = {path: _first_match(rules, path) for path in names}
         _check(rules, self.part_of)
         self.frozen = {path for path, part in self.part_of.items() if part.frozen}
+        for pattern in without_gradient:
+            _check_frozen(pattern, self.part_of)
 
     def split(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """(live, frozen): two trees of the same structure with None, which is no leaf, in place of the other's."""
@@ -183,3 +189,16 @@ def _check(rules: Sequence[Part], part_of: Mapping[str, Part]) -> None:
             )
     if all(part.frozen for part in part_of.values()):
         raise ConfigError("config.parts freezes every parameter; there is nothing to train")
+
+
+def _check_frozen(pattern: str, part_of: Mapping[str, Part]) -> None:
+    for path, part in part_of.items():
+        if re.fullmatch(pattern, path) and not part.frozen:
+            alone = all(re.fullmatch(pattern, other) for other, its in part_of.items() if its == part)
+            remedy = f"set config.parts.{part.name}.frozen = true"
+            if not alone:
+                remedy = f"put a rule for {pattern!r} with frozen = true before it"
+            raise ConfigError(
+                f"config.parts.{part.name} trains the parameter {path}, to which the loss of this method gives no "
+                f"gradient, so that it would only decay; {remedy}"
+            )

@@ -72,6 +72,8 @@ class Objective:
     # whether `pair_loss` sees no more of the embeddings than their sums over the rows (several means with counts of
     # their own): the loss of a data set is then that of the sums over it
     additive: bool = False
+    # regular expressions of the parameters that the loss gives no gradient to; `config.parts` must freeze them
+    without_gradient: tuple[str, ...] = ()
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """(params, extra): params as nested dicts, weights in the boxes that carry their logical names."""
@@ -137,7 +139,7 @@ def make_setup(
     key = jax.random.key(seed)
     boxed = jax.eval_shape(lambda: objective.init(key))[0]
     shapes = {tree_path(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(unbox(boxed))[0]}
-    resolved = Parts(parts, logical_names(boxed), shapes)
+    resolved = Parts(parts, logical_names(boxed), shapes, objective.without_gradient)
     optim = Optimizer(optimizer, resolved, total_steps)
 
     def create(unboxed: bool) -> TrainState:

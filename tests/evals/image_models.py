@@ -16,6 +16,7 @@ from vlm_jax.models.masked_autoencoder import MaskedAutoencoderConfig, PixelDeco
 from vlm_jax.models.vit import ViTConfig
 from vlm_jax.objectives.classify import ClassifyConfig
 from vlm_jax.objectives.mae import MaeConfig
+from vlm_jax.parts import EVERYTHING, Part
 
 TOWER = ViTConfig(
     image_size=8, patch_size=4, width=16, depth=4, heads=2, mlp_dim=32, pool="mean", drop_path=0.4, pre_norm=False
@@ -29,10 +30,14 @@ MAE = MaeConfig(
 
 
 def encoder(
-    objective: Any, mesh: Mesh | None = None, batch_size: int = 16, tokenizer: Tokenizer | None = None
+    objective: Any,
+    mesh: Mesh | None = None,
+    batch_size: int = 16,
+    tokenizer: Tokenizer | None = None,
+    parts: tuple[Part, ...] = EVERYTHING,
 ) -> tuple[MeshEncoder, Any, Program]:
     """(encoder, initial parameters, program)."""
-    program = tiny.program(mesh, objective=objective, evals=())
+    program = tiny.program(mesh, objective=objective, parts=parts, evals=())
     config = program.config
     method = config.objective.without_dropping().build(config.data.preprocess, config.compute_dtype())
     plain = dataclasses.replace(config.data, augment=None)

@@ -17,6 +17,7 @@ from vlm_jax.models.aimv2 import Aimv2ModelConfig, MultimodalDecoderConfig, aimv
 from vlm_jax.objectives.aimv2 import Aimv2Config
 from vlm_jax.objectives.beit import BeitConfig
 from vlm_jax.objectives.mixing import MixingConfig
+from vlm_jax.parts import EVERYTHING, Part
 from vlm_jax.schema import ConfigError, override
 from vlm_jax.train import train
 
@@ -101,10 +102,11 @@ def test_what_is_drawn_on_the_host_is_drawn_by_the_place() -> None:
             "model.tokenizer.width": 4,
         },
     )  # fmt: skip
-    encoder, _, _ = image_models.encoder(beit, batch_size=8)
+    parts = (Part("tokenizer", "tokenizer/.*", frozen=True), *EVERYTHING)
+    encoder, _, _ = image_models.encoder(beit, batch_size=8, parts=parts)
     source = DigitsConfig(split="test").build("")
     first = [np.asarray(batch["masked"]) for batch in encoder.loss_batches(source, 0)][:2]
-    wide, _, _ = image_models.encoder(beit, batch_size=16)
+    wide, _, _ = image_models.encoder(beit, batch_size=16, parts=parts)
     again = np.asarray(next(iter(wide.loss_batches(source, 0)))["masked"])
     np.testing.assert_array_equal(np.concatenate(first), again)
     assert not np.array_equal(again, np.asarray(next(iter(wide.loss_batches(source, 1)))["masked"]))

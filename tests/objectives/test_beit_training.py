@@ -239,3 +239,8 @@ def test_what_does_not_fit_is_a_sentence() -> None:
         validate(erasing)
     with pytest.raises(ConfigError, match="leaves nothing to learn from"):
         override(BEIT, {"model.tokenizer": None}).make_example(None, erasing.data)
+
+
+def test_a_tokenizer_that_is_trained_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"config\.parts\.tokenizer trains the parameter tokenizer/.* no gradient"):
+        tiny.program(**RUN | {"parts": (*PARTS[:2], Part("tokenizer", "tokenizer/.*"))})

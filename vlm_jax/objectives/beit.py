@@ -1,6 +1,6 @@
 """BEiT: blocks of patches are hidden, and their visual codes predicted (Bao et al. 2022).
 
-The codes are those of a frozen tokenizer, `config.parts` must say so: nothing comes back to it from the loss.
+The codes are those of a frozen tokenizer: nothing comes back to it from the loss.
 """
 
 import dataclasses
@@ -82,6 +82,8 @@ class BeitConfig(ImagesConfig):
 
 class Beit(ImageObjective):
     """See `BeitConfig`."""
+
+    without_gradient = ("tokenizer/.*",)
 
     def __init__(self, config: BeitConfig, preprocess: PreprocessConfig, dtype: Dtype):
         super().__init__(config, BeitModule(config.model, dtype), preprocess, dtype)
