@@ -102,7 +102,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     shape = config.sizes(len(devices))
     types = (AxisType.Auto,) * len(AXES)
     if config.dcn_data * config.dcn_fsdp == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        try:
+            return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        except NotImplementedError:
+            # 16 x 16 on a torus of 4 x 8 x 8: an axis of the mesh takes part of one of the torus.
+            split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(split, AXES, axis_types=types)
     dcn = (config.dcn_data, config.dcn_fsdp, 1, 1)
     inner = tuple(size // slices for size, slices in zip(shape, dcn, strict=True))
     # Without slices to tell apart (GPU, CPU) a process is what the slow network joins.

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from vlm_jax.mesh import MeshConfig, make_mesh
 from vlm_jax.plan import topologies
 from vlm_jax.plan.__main__ import main
 from vlm_jax.schema import ConfigError
@@ -56,3 +57,12 @@ def test_without_libtpu_a_sentence_says_how_to_get_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"libtpu.*pip install -e '\.\[tpu\]'"):
         topologies.require_libtpu()
+
+
+def test_a_mesh_may_split_an_axis_of_the_torus() -> None:
+    """16 is no product of whole axes of 4 x 8 x 8."""
+    mesh = make_mesh(
+        MeshConfig(data=1, fsdp=-1, fsdp_most=16), topologies.abstract_devices(topologies.parse_topology("v4:4x8x8"))
+    )
+    assert dict(mesh.shape) == {"data": 16, "fsdp": 16, "tensor": 1, "sequence": 1}
+    assert len({device.id for device in mesh.devices.flat}) == 256
