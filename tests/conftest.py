@@ -1,9 +1,6 @@
 """Every test runs on 8 virtual CPU devices; JAX must hear of it before anything uses a device."""
 
-import atexit
 import os
-import shutil
-import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -12,13 +9,6 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Size of XLA's thread pools. A virtual device that waits in a collective holds a thread, and a program has several
 # collectives at a time: with as many threads as cores, 8 devices on 2 cores wait for each other for ever.
 os.environ.setdefault("NPROC", "64")
-
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # Many tests and the programs that they start compile the same steps: once in a run of the tests is enough. Worker
-    # processes inherit the folder of the process that starts them.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vlm_jax_tests_")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 from pathlib import Path
 

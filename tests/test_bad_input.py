@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_same_command_goes_on
     def fills_up(self: Checkpointer, step: int, *arguments: Any, **named: Any) -> bool:
         self.wait()
         if step == 4:
-            full.enter_context(no_file_beyond(2000))
+            full.enter_context(no_file_beyond(20_000))
         return save(self, step, *arguments, **named)
 
     with monkeypatch.context() as patch, full:

@@ -3,15 +3,17 @@
 A file of compiled steps is loaded only for the very program, devices and JAX that it was made for.
 """
 
+import contextlib
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils, serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from vlm_jax.assemble import Program
 from vlm_jax.metrics import writing
@@ -61,9 +63,23 @@ def save(path: str, program: Program) -> None:
     with writing(path), zipfile.ZipFile(path, "w") as file:
         for phase in range(len(program.steps)):
             lowered = lower(program, phase)
-            payload, _, _ = serialize_executable.serialize(lowered.compile())
+            with _without_cache():
+                payload, _, _ = serialize_executable.serialize(lowered.compile())
             file.writestr(f"{phase}/{_FACTS}", json.dumps(_facts(lowered, program), indent=1))
             file.writestr(f"{phase}/step", payload)
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Compiles anew: an executable that came out of the compilation cache loses functions when it is written again."""
+    enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # it remembers whether it is in use
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def load(path: str, program: Program, phase: int, lowered: Any) -> tuple[Any, str]:

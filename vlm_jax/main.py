@@ -30,7 +30,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument(
         "--compilation_cache",
         metavar="FOLDER",
-        help="keeps compiled programs for the next start; `off` keeps none (default: WORKDIR/compilation_cache)",
+        help="keeps compiled programs for the next start; `off` keeps none (default: WORKDIR/compilation_cache on "
+        "accelerators, off on CPUs)",
     )
     parser.add_argument("--distributed", default="auto", help="auto, on, off, or HOST:PORT,COUNT,INDEX")
     overrides, rest = split_overrides(arguments)
@@ -87,8 +88,11 @@ def run(flags: argparse.Namespace, overrides: dict[str, str], started: float) ->
     assert config is not None
     workdir = flags.workdir or os.path.join("runs", config.name)
     cache = flags.compilation_cache or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    # What XLA:CPU reads back from a file has crashed a process that resumed; there it must be asked for.
+    default = "off" if platforms.computes_on_cpu() else os.path.join(workdir, "compilation_cache")
+    cache = cache or default
     if cache != "off" and "://" not in workdir:
-        keep_compiled_programs(cache or os.path.join(workdir, "compilation_cache"))
+        keep_compiled_programs(cache)
     return train(config, workdir, started, StopRequest(process_ends=__name__ == "__main__"), flags.compiled)
 
 

@@ -253,7 +253,7 @@ def test_a_run_of_ours_goes_out_without_its_tokenizer(tmp_path: Path) -> None:
 
 def test_a_pickled_module_is_refused(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "encoder.pkl").write_bytes(b"anything")
-    assert main(["import", f"--from={tmp_path / 'encoder.pkl'}", f"--to={tmp_path / 'a'}"]) == 2
+    assert main(["import", f"--from={tmp_path / 'encoder.pkl'}", f"--to={tmp_path / 'a'}"]) == 1
     assert "is neither .safetensors nor .npz" in capsys.readouterr().err
     save_file({"blocks.input.w": np.zeros((8, 12, 1, 1), np.float32)}, tmp_path / "decoder.safetensors")
     assert main(["import", f"--from={tmp_path / 'decoder.safetensors'}", f"--to={tmp_path / 'a'}"]) == 2

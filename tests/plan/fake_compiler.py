@@ -5,6 +5,7 @@ from typing import Any
 from vlm_jax.config import Config
 from vlm_jax.plan.plan import REMAT_ORDER
 from vlm_jax.plan.topologies import Topology
+from vlm_jax.schema import leaves
 
 
 class FakeCompiler:
@@ -18,7 +19,8 @@ class FakeCompiler:
         return config
 
     def plan_json(self, config: Config) -> dict[str, Any]:
-        level = REMAT_ORDER.index(config.objective.model.image.remat)  # pyright: ignore
+        policies = [value for key, value in leaves(config.on_chip("v5e").objective) if key.endswith(".remat")]
+        level = REMAT_ORDER.index((policies or ["none"])[0])
         fits = level >= self.fitting
         seconds = 1.0 + level + config.train.accum_steps + config.mesh.tensor
         row = dict.fromkeys(("headroom", "model_over_compiled_flops", "wire_bytes_over_6_params", "wire_bytes"), 0.5)
