@@ -1,0 +1,383 @@
+"""Pre-training on images alone: what AIM, MAE, SimMIM and BEiT teach the same small ViT, judged on held-out images.
+
+python benchmarks/self_supervised.py [--workdir=runs/self_supervised] [--data=digits,shapes] [--images=FOLDER]
+                                     [--methods=aim,mae,simmim,beit] [--budget=1] [--seed=0] [--config.KEY=VALUE ...]
+                                     [--docs] [--quick]
+
+Every run is a shipped recipe in its `:smoke` form with the tower, data and steps of this file, made by the training
+loop itself. Beside the methods stand the same tower with random weights and one that learned from labels alone. Linear
+probe, attentive probe and k-NN judge the frozen tower; then it is fine-tuned on the labels. `--images` takes the place
+of `--data`: a folder per class, or `train` and `val` folders of such; without these every fifth image is held out.
+A run has its own folder under the workdir: it is not made again, and one that was stopped goes on. Writes
+WORKDIR/self_supervised.json, .md and .png and pictures of reconstructions; `--docs` also writes them into docs/.
+`--quick` shows in a minute that it all works; its numbers mean nothing.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from self_supervised_report import METHODS, draw, join_pictures, table, write_docs
+
+from vlm_jax.config import Config, load_config, to_json
+from vlm_jax.data.block_masks import BlockMasks
+from vlm_jax.data.images import AugmentConfig
+from vlm_jax.data.sources import ClassFoldersConfig, DigitsConfig, ShapesConfig, SourceConfig
+from vlm_jax.data.sources.class_folders import class_folders, image_files
+from vlm_jax.evals.accuracy import AccuracyConfig
+from vlm_jax.evals.attentive_probe import AttentiveProbeConfig
+from vlm_jax.evals.base import EvalConfig
+from vlm_jax.evals.knn import KnnConfig
+from vlm_jax.evals.linear_probe import LinearProbeConfig
+from vlm_jax.evals.probe_training import ProbeTraining
+from vlm_jax.evals.reconstructions import ReconstructionsConfig
+from vlm_jax.main import keep_compiled_programs, split_overrides
+from vlm_jax.models.classifier import ClassifierConfig
+from vlm_jax.models.dvae import STRIDE, DvaeModelConfig
+from vlm_jax.models.masked_autoencoder import PixelDecoderConfig
+from vlm_jax.models.pixel_head import PixelHeadConfig
+from vlm_jax.models.vit import ViTConfig
+from vlm_jax.objectives.dvae import Annealed, DvaeConfig
+from vlm_jax.objectives.images import ImagesConfig
+from vlm_jax.objectives.mixing import MixingConfig
+from vlm_jax.schedule import Cosine
+from vlm_jax.schema import ConfigError, override, validate
+from vlm_jax.train import train
+from vlm_jax.warm_start import InitFrom
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+RECIPES = {
+    "random": "vit_s16_supervised",
+    "aim": "aim_600m",
+    "mae": "mae_b16",
+    "simmim": "simmim_vit_b16",
+    "beit": "beit_b16",
+    "dvae": "dvae",
+    "supervised": "vit_s16_supervised",
+    "fine_tuned": "finetune_mae_b16",
+}
+RATES = {
+    "random": 0.0,
+    "aim": 1e-3,
+    "mae": 1.5e-3,
+    "simmim": 1e-3,
+    "beit": 1.5e-3,
+    "dvae": 3e-3,
+    "supervised": 1e-3,
+    "fine_tuned": 1e-3,
+}
+CODES = 64  # of the visual tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large everything is that costs time."""
+
+    steps: int = 600  # of pre-training, of the tokenizer and of learning from labels alone
+    tuning_steps: int = 150  # of fine-tuning
+    batch_size: int = 128
+    width: int = 96  # of the tower; a head for each 32
+    depth: int = 4
+    limit: int = 0  # held-out images; 0: all
+    train_limit: int = 0  # images with labels that the probes see; 0: all
+    probe_epochs: int = 30  # of the attentive probe
+
+
+QUICK = Scale(2, 2, batch_size=16, width=32, depth=2, limit=40, train_limit=80, probe_epochs=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Images of one kind.
+
+    Attributes:
+        name: in tables and folders.
+        unlabelled: what is pre-trained on.
+        labelled: what probes, fine-tuning and the supervised tower learn from.
+        test: what they are judged on.
+        image_size: side in pixels.
+        patch_size: side of a patch; there are 16 to 64 of them.
+        augment: the random view of all training.
+    """
+
+    name: str
+    unlabelled: SourceConfig
+    labelled: SourceConfig
+    test: SourceConfig
+    image_size: int
+    patch_size: int
+    augment: AugmentConfig
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def code_size(self) -> int:
+        """Side in pixels of the tokenizer's images: a code for each patch."""
+        return self.image_size // self.patch_size * STRIDE
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags and the overrides of every config."""
+    parser = argparse.ArgumentParser(description="Pre-training on images alone, compared.", allow_abbrev=False)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/self_supervised"), help="runs and the report")
+    parser.add_argument("--data", default="digits,shapes", help="which built-in images: digits, shapes")
+    parser.add_argument("--images", default="", help="images of your own: a folder per class; replaces --data")
+    parser.add_argument("--methods", default=",".join(METHODS), help="what is compared with random weights and labels")
+    parser.add_argument("--budget", type=float, default=1.0, help="factor on the steps of every run")
+    parser.add_argument("--seed", default="0", help="seed of every run")
+    parser.add_argument("--docs", action="store_true", help="also write table and pictures into docs/")
+    parser.add_argument("--quick", action="store_true", help="two steps of the first images for each method")
+    overrides, rest = split_overrides(arguments)
+    flags = parser.parse_args(rest)
+    flags.data, flags.methods = flags.data.split(","), flags.methods.split(",")
+    for name, known in (("data", ("digits", "shapes")), ("methods", tuple(METHODS))):
+        for value in getattr(flags, name):
+            if value not in known:
+                raise ConfigError(f"--{name} has {value!r}; there are {', '.join(known)}")
+    if flags.budget <= 0:
+        raise ConfigError(f"--budget={flags.budget} must be positive")
+    if flags.docs and flags.quick:
+        raise ConfigError("--docs writes numbers that mean something; --quick has none")
+    return flags, overrides
+
+
+def scale_of(flags: argparse.Namespace) -> Scale:
+    """Sizes and steps by `--quick` and `--budget`."""
+    scale = QUICK if flags.quick else Scale()
+    steps, tuning = (max(round(flags.budget * count), 1) for count in (scale.steps, scale.tuning_steps))
+    return dataclasses.replace(scale, steps=steps, tuning_steps=tuning)
+
+
+def built_in(name: str) -> Data:
+    """Scanned digits, all with labels; or drawn scenes, of which those of one object have a label."""
+    if name == "digits":
+        train, test = DigitsConfig(split="train"), DigitsConfig(split="test")
+        return Data(name, train, train, test, 16, 4, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25)))
+    scenes = ShapesConfig(image_size=48, count=8000, max_objects=5)
+    labelled = dataclasses.replace(scenes, count=1440, max_objects=1)
+    test = dataclasses.replace(labelled, split="test", count=480)
+    return Data(name, scenes, labelled, test, 48, 8, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25), flip=0.5))
+
+
+def own(folder: str, workdir: Path) -> Data:
+    """Images in a folder per class; raises `ConfigError` where there are none."""
+    root = Path(folder).expanduser().resolve()
+    held_out = next((root / name for name in ("val", "test", "validation") if (root / name).is_dir()), None)
+    train: Path | None = root / "train"
+    if not train.is_dir() or held_out is None:
+        train, held_out = split(root, workdir / "images")
+    sources = [ClassFoldersConfig(path=str(path)) for path in (train, held_out)]
+    augment = AugmentConfig(scale=(0.4, 1.0), flip=0.5)
+    name = re.sub(r"\W+", "_", root.name) or "images"  # stands in names of metrics
+    return Data(name, sources[0], sources[0], sources[1], 64, 8, augment)
+
+
+def split(root: Path, into: Path) -> tuple[Path, Path]:
+    """Folders of links to the images of `root`: (four of five of each class, every fifth)."""
+    if not root.is_dir() or not class_folders(str(root)):
+        raise ConfigError(f"--images={root} is no folder with a folder of images for each class")
+    for name in class_folders(str(root)):
+        files = sorted(image_files(str(root), name))
+        if len(files) < 5:
+            raise ConfigError(f"--images: {root / name} holds {len(files)} images; a class needs 5, one to be held out")
+        for index, file in enumerate(files):
+            link = into / ("test" if index % 5 == 4 else "train") / name / f"{index:07d}{Path(file).suffix}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(root / file)
+    return into / "train", into / "test"
+
+
+def probes(data: Data, scale: Scale) -> tuple[EvalConfig, ...]:
+    """The evaluations of a frozen tower; all see the patches, for not every method trains a class token."""
+    sources: dict[str, Any] = {"limit": scale.limit, "train_source": data.labelled, "train_limit": scale.train_limit}
+    lambdas = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+    training = ProbeTraining(
+        learning_rates=(3e-4, 1e-3, 3e-3), weight_decays=(0.05,), epochs=scale.probe_epochs, batch_size=256
+    )
+    return (
+        LinearProbeConfig(data.name, data.test, features="mean", lambdas=lambdas, max_iterations=300, **sources),
+        AttentiveProbeConfig(data.name, data.test, training=training, heads=scale.width // 32, **sources),
+        KnnConfig(data.name, data.test, features="mean", **sources),
+    )
+
+
+def sized(tower: Any, data: Data, scale: Scale) -> ViTConfig:
+    """A recipe's tower at the size that all have here; so small and so short a time, none drops whole layers."""
+    size = {"width": scale.width, "depth": scale.depth, "heads": scale.width // 32, "mlp_dim": 4 * scale.width}
+    pixels = {"image_size": data.image_size, "patch_size": data.patch_size}
+    return dataclasses.replace(tower, **size, **pixels, drop_path=0.0, remat="none")
+
+
+def own_changes(method: str, data: Data, scale: Scale, workdir: Path) -> dict[str, Any]:
+    """What is a method's own beside the tower: its head or decoder, and what it hides."""
+    tokenizer = DvaeModelConfig(data.code_size, CODES, width=16, blocks=1, decoder_width=32)
+    match method:
+        case "random":
+            return {"optimizer.weight_decay": 0.0}
+        case "aim":
+            width, heads = scale.width, scale.width // 32
+            return {"objective.model.head": PixelHeadConfig(width=width, depth=2, heads=heads, mlp_dim=2 * width)}
+        case "mae":
+            return {"objective.model.decoder": PixelDecoderConfig(width=64, depth=2, heads=2, mlp_dim=256)}
+        case "simmim":
+            return {"objective.model.cell": data.patch_size}
+        case "beit":
+            renamed = ((r"tokenizer/(.*)", r"\1"),)
+            path, skip = str(workdir / data.name / "dvae"), ("image/.*", "head/.*")
+            least = max(round(0.08 * data.patches), 1)  # as 16 of the published 196
+            return {
+                "objective.model.vocab_size": CODES,
+                "objective.model.tokenizer": tokenizer,
+                "objective.model.masks": BlockMasks(count=round(0.4 * data.patches), least=least),
+                "init_from": InitFrom(path=path, map=renamed, skip=skip),
+            }
+        case "dvae":
+            temperature, kl_weight = Annealed(1.0, 1 / 16, scale.steps), Annealed(0.0, 0.1, scale.steps)
+            return {"objective": DvaeConfig(model=tokenizer, temperature=temperature, kl_weight=kl_weight)}
+    return {}
+
+
+def run_config(method: str, data: Data, scale: Scale, workdir: Path, common: Mapping[str, str]) -> Config:
+    """The config of a run from random weights."""
+    config = load_config(f"{ROOT}/configs/{RECIPES[method]}.py:smoke")
+    changes = schedule_changes(RATES[method], 1 if method == "random" else scale.steps, scale.batch_size)
+    changes |= {"data.source": data.unlabelled, "data.augment": data.augment, "evals": ()}
+    if method != "dvae":
+        changes |= {"objective.model.image": sized(tower_of(config), data, scale), "evals": probes(data, scale)}
+    if method in METHODS:
+        changes["evals"] += (ReconstructionsConfig(data.name, data.test, pictured=4),)
+    if method in ("random", "supervised"):
+        changes |= {"data.source": data.labelled, "objective.model.classes": class_count(data)}
+        changes["evals"] += (AccuracyConfig(data.name, data.test, limit=scale.limit),)
+    return checked(config, f"{data.name}_{method}", changes | own_changes(method, data, scale, workdir) | dict(common))
+
+
+def tuning_config(
+    method: str, start: Config, data: Data, scale: Scale, workdir: Path, common: Mapping[str, str]
+) -> Config:
+    """The config of the fine-tuning of a run's tower, by the mean of its patches; few steps call for few tricks."""
+    tower = tower_of(start)
+    image = dataclasses.replace(tower, pool="mean", mask_token=False)
+    unused = ("(?!image/).*", "image/mask_token") if tower.mask_token else ("(?!image/).*",)
+    changes = schedule_changes(RATES["fine_tuned"], scale.tuning_steps, scale.batch_size) | {
+        "objective.model": ClassifierConfig(image=image, classes=class_count(data), head_init=0.0),
+        "objective.mixing": MixingConfig(),
+        "parts.image.layer_decay": 0.75,
+        "data.source": data.labelled,
+        "data.preprocess": start.data.preprocess,
+        "data.augment": data.augment,
+        "init_from": InitFrom(path=str(workdir / data.name / method), skip=("head/.*",), ignore=unused),
+        "evals": (AccuracyConfig(data.name, data.test, limit=scale.limit),),
+    }
+    config = load_config(f"{ROOT}/configs/{RECIPES['fine_tuned']}.py:smoke")
+    return checked(config, f"{data.name}_{method}_fine_tuned", changes | dict(common))
+
+
+def schedule_changes(rate: float, steps: int, batch_size: int) -> dict[str, Any]:
+    """Length and learning rate of a run."""
+    return {
+        "data.batch_size": batch_size,
+        "optimizer.learning_rate": rate,
+        "optimizer.schedule": Cosine(warmup_steps=steps // 10),
+        "train.steps": steps,
+        "train.log_every": max(steps // 5, 1),
+        "checkpoint.every": max(steps // 2, 1),
+        "checkpoint.keep": 1,
+    }
+
+
+def checked(config: Config, name: str, changes: Mapping[str, Any]) -> Config:
+    """The config under another name and with changes; raises `ConfigError`."""
+    config = override(config, {"name": name, **changes})
+    validate(config)
+    return config
+
+
+def tower_of(config: Config) -> ViTConfig:
+    """The image tower of a method on images."""
+    assert isinstance(config.objective, ImagesConfig) and isinstance(config.objective.image_tower, ViTConfig)
+    return config.objective.image_tower
+
+
+@functools.cache
+def class_count(data: Data) -> int:
+    """Classes that the labels name."""
+    return len(data.labelled.build("").class_names)
+
+
+def finished(config: Config, folder: Path) -> dict[str, float]:
+    """The metrics of a run: those in its folder if this config made them, else it is begun or continued there."""
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+
+    done = read("goodput.json").get("step") == config.train.steps
+    if not done or read("config.json") != to_json(config) or (config.evals and not read("eval.json")):
+        print(f"--- {folder}", flush=True)
+        if code := train(config, str(folder)):
+            raise SystemExit(code)  # a signal: saved, and the same command goes on from there
+    return read("eval.json") | {"seconds": read("goodput.json")["seconds"]["step"]}
+
+
+def compare(
+    data: Data, methods: Sequence[str], scale: Scale, workdir: Path, common: Mapping[str, str]
+) -> dict[str, dict[str, float]]:
+    """Top-1 by row and measure, and the seconds of the steps of each row's first run."""
+    rows = {}
+    for method in ("random", *methods, "supervised"):
+        if method == "beit":
+            finished(run_config("dvae", data, scale, workdir, common), workdir / data.name / "dvae")
+        config = run_config(method, data, scale, workdir, common)
+        found = finished(config, workdir / data.name / method)
+        row = {kind: found[f"{kind}/{data.name}/top1"] for kind in ("linear_probe", "attentive_probe")}
+        row["knn"] = found[f"knn/{data.name}/k20_top1"]
+        if method == "supervised":
+            row["fine_tuned"] = found[f"accuracy/{data.name}/top1"]
+        else:
+            tuning = tuning_config(method, config, data, scale, workdir, common)
+            tuned = finished(tuning, workdir / data.name / f"{method}_fine_tuned")
+            row["fine_tuned"] = tuned[f"accuracy/{data.name}/top1"]
+        rows[method] = row | {"seconds": found["seconds"]}
+    return rows
+
+
+def main(arguments: list[str], docs: Path = DOCS) -> int:
+    """The program."""
+    try:
+        flags, overrides = parse(arguments)
+        scale, workdir = scale_of(flags), flags.workdir
+        workdir.mkdir(parents=True, exist_ok=True)
+        keep_compiled_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir / "compilation_cache"))
+        kinds = [own(flags.images, workdir)] if flags.images else [built_in(name) for name in flags.data]
+        kinds, common = kinds[:1] if flags.quick else kinds, {"seed": flags.seed, **overrides}
+        results = {data.name: compare(data, flags.methods, scale, workdir, common) for data in kinds}
+        for name in results:
+            join_pictures(workdir / name, flags.methods, workdir / f"self_supervised_{name}.png")
+        report = "\n\n".join(table(name, rows) for name, rows in results.items())
+        found = {"scale": dataclasses.asdict(scale), "seed": flags.seed, "overrides": overrides, "results": results}
+        (workdir / "self_supervised.json").write_text(json.dumps(found, indent=1))
+        (workdir / "self_supervised.md").write_text(report + "\n")
+        draw(results, workdir / "self_supervised.png")
+        if flags.docs:
+            write_docs(report, workdir, list(results), docs)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
