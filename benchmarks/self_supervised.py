@@ -70,7 +70,7 @@ RATES = {
     "mae": 1.5e-3,
     "simmim": 1e-3,
     "beit": 1.5e-3,
-    "dvae": 3e-3,
+    "dvae": 5e-3,
     "supervised": 1e-3,
     "fine_tuned": 1e-3,
 }
@@ -244,8 +244,14 @@ def own_changes(method: str, data: Data, scale: Scale, workdir: Path) -> dict[st
                 "init_from": InitFrom(path=path, map=renamed, skip=skip),
             }
         case "dvae":
-            temperature, kl_weight = Annealed(1.0, 1 / 16, scale.steps), Annealed(0.0, 0.1, scale.steps)
-            return {"objective": DvaeConfig(model=tokenizer, temperature=temperature, kl_weight=kl_weight)}
+            # The weight has to be there before the encoder leaves for a single code, the easiest way without noise.
+            kl_weight = Annealed(0.0, 10.0, max(scale.steps // 20, 1))
+            return {
+                "objective": DvaeConfig(
+                    model=tokenizer, temperature=Annealed(1.0, 0.25, scale.steps), kl_weight=kl_weight
+                ),
+                "train.ema_decay": None,  # that of the recipe would still hold the first weights
+            }
     return {}
 
 
