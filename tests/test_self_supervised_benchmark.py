@@ -13,6 +13,7 @@ import self_supervised as benchmark
 import self_supervised_report as report
 from PIL import Image
 
+from vlm_jax.data.images import decode
 from vlm_jax.data.sources import ClassFoldersConfig
 from vlm_jax.schema import ConfigError
 
@@ -59,7 +60,7 @@ def test_held_out_images_of_ones_own(tmp_path: Path) -> None:
     assert data.name == "own"
     train, test = (source.build("") for source in (data.labelled, data.test))
     assert (len(train), len(test)) == (9 + 4, 2 + 1)
-    seen = [[tuple(source[i]["image"][0, 0]) for i in range(len(source))] for source in (train, test)]  # pyright: ignore
+    seen = [[tuple(decode(source[i]["image"])[0, 0]) for i in range(len(source))] for source in (train, test)]
     assert not set(seen[0]) & set(seen[1]) and len(set(seen[0] + seen[1])) == 16
     assert train.class_names == test.class_names == ("cat", "dog")
     again = benchmark.own(str(tmp_path / "own"), tmp_path / "runs")
