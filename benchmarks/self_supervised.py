@@ -67,7 +67,7 @@ RECIPES = {
 RATES = {
     "random": 0.0,
     "aim": 1e-3,
-    "mae": 1.5e-3,
+    "mae": 2e-3,
     "simmim": 1e-3,
     "beit": 1.5e-3,
     "dvae": 5e-3,
@@ -235,7 +235,12 @@ def own_changes(method: str, data: Data, scale: Scale, workdir: Path) -> dict[st
             width, heads = scale.width, scale.width // 32
             return {"objective.model.head": PixelHeadConfig(width=width, depth=2, heads=heads, mlp_dim=2 * width)}
         case "mae":
-            return {"objective.model.decoder": PixelDecoderConfig(width=64, depth=2, heads=2, mlp_dim=256)}
+            return {
+                "objective.model.decoder": PixelDecoderConfig(width=64, depth=2, heads=2, mlp_dim=256),
+                # A quarter of 16 patches is too little to see, and most patches are too flat to be normalised.
+                "objective.model.mask_ratio": 0.5,
+                "objective.model.normalise_pixels": False,
+            }
         case "simmim":
             return {"objective.model.cell": data.patch_size}
         case "beit":
