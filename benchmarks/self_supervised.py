@@ -10,7 +10,7 @@ probe, attentive probe and k-NN judge the frozen tower; then it is fine-tuned on
 of `--data`: a folder per class, or `train` and `val` folders of such; without these every fifth image is held out.
 A run has its own folder under the workdir: it is not made again, and one that was stopped goes on. Writes
 WORKDIR/self_supervised.json, .md and .png and pictures of reconstructions; `--docs` also writes them into docs/.
-`--quick` shows in a minute that it all works; its numbers mean nothing.
+`--quick` shows in a few minutes that it all works; its numbers mean nothing.
 """
 
 import argparse
@@ -53,7 +53,6 @@ from vlm_jax.train import train
 from vlm_jax.warm_start import InitFrom
 
 ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
 RECIPES = {
     "random": "vit_s16_supervised",
     "aim": "aim_600m",
@@ -322,7 +321,7 @@ def checked(config: Config, name: str, changes: Mapping[str, Any]) -> Config:
 
 
 def tower_of(config: Config) -> ViTConfig:
-    """The image tower of a method on images."""
+    """The image tower."""
     assert isinstance(config.objective, ImagesConfig) and isinstance(config.objective.image_tower, ViTConfig)
     return config.objective.image_tower
 
@@ -369,7 +368,7 @@ def compare(
     return rows
 
 
-def main(arguments: list[str], docs: Path = DOCS) -> int:
+def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
     """The program."""
     try:
         flags, overrides = parse(arguments)
@@ -377,7 +376,7 @@ def main(arguments: list[str], docs: Path = DOCS) -> int:
         workdir.mkdir(parents=True, exist_ok=True)
         keep_compiled_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir / "compilation_cache"))
         kinds = [own(flags.images, workdir)] if flags.images else [built_in(name) for name in flags.data]
-        kinds, common = kinds[:1] if flags.quick else kinds, {"seed": flags.seed, **overrides}
+        kinds, common = kinds[: 1 if flags.quick else None], {"seed": flags.seed, **overrides}
         results = {
             data.name: compare(data, flags.methods, scale.for_patches(data.patches), workdir, common) for data in kinds
         }

@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_same_command_goes_on
     def fills_up(self: Checkpointer, step: int, *arguments: Any, **named: Any) -> bool:
         self.wait()
         if step == 4:
-            full.enter_context(no_file_beyond(20_000))
+            full.enter_context(no_file_beyond(6000))
         return save(self, step, *arguments, **named)
 
     with monkeypatch.context() as patch, full:
@@ -255,8 +255,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_same_command_goes_on
     assert f"saving the checkpoint of step 4 to {command.workdir / 'checkpoints'} failed" in errors
     assert "the checkpoint of step 2 is still good" in errors
     assert "Make room" in errors and "File too large" in errors
-    code, output, _ = command(data__path=path, train__steps=6)
-    assert code == 0
+    code, output, errors = command(data__path=path, train__steps=6)
+    assert code == 0, errors
     assert "continued at step 2" in output
     tiny.assert_trees_equal(vlm_jax.load(command.workdir).params, unbroken)
 

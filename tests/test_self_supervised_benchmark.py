@@ -86,7 +86,7 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_report_stands_between_its_marks(tmp_path: Path) -> None:
-    page = shutil.copy(benchmark.DOCS / "self_supervised.md", tmp_path)
+    page = shutil.copy(benchmark.ROOT / "docs" / "self_supervised.md", tmp_path)
     before, after = (Path(page).read_text().split(mark)[i] for mark, i in ((report.BEGIN, 0), (report.END, 1)))
     weak = dict.fromkeys(report.MEASURES, 0.5) | {"seconds": 1.0}
     rows = {"random": weak, "mae": weak | {"linear_probe": 0.75, "seconds": 61.4}}
