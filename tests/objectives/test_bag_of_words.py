@@ -52,6 +52,7 @@ def test_loss_and_scores_are_those_of_the_definition(form: Any) -> None:
     np.testing.assert_allclose(scores, wanted, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_to_classify_without_a_joint_space(tmp_path: Path) -> None:
     """Through the training loop and its zero-shot evaluation, which scores prompts."""
     config = tiny.config(

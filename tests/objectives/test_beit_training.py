@@ -102,6 +102,7 @@ def test_both_views_are_one_crop_of_one_changed_image() -> None:
     assert evaluation["masked"].sum() > 0
 
 
+@pytest.mark.slow
 def test_mesh_and_microbatches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "batch", rows)
     smooth: dict[str, Any] = RUN | {"optimizer__eps": 0.01, "optimizer__learning_rate": 0.1}
@@ -112,6 +113,7 @@ def test_mesh_and_microbatches_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     tiny.assert_trees_close(state.params, want.params, rtol=5e-4)
 
 
+@pytest.mark.slow
 def test_a_trained_tokenizer_stays_bit_for_bit_and_owns_no_slots(tmp_path: Path) -> None:
     """From the checkpoint of a whole autoencoder, whose decoder then shows what is predicted."""
     whole = override(TOKENIZER, {"decoder": True})

@@ -200,6 +200,7 @@ def test_the_head_starts_small_and_its_flops_are_counted() -> None:
     assert one.config.objective.train_flops() == TRAIN_OVER_FORWARD * counted
 
 
+@pytest.mark.slow
 def test_batch_statistics_of_a_convolutional_tower_move() -> None:
     """And with them those of the loss, which are the tower's own in training."""
     tower = ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=8, heads=4)

@@ -57,6 +57,7 @@ def ragged(mesh: Any, rows: int = 16, seed: int = 0) -> dict[str, jax.Array]:
     return {key: jax.device_put(value, batch_sharding(mesh)) for key, value in batch.items()}
 
 
+@pytest.mark.slow
 def test_mesh_and_microbatches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "batch", ragged)
     want, history = tiny.run_steps(tiny.program(objective=COCA, **SMOOTH), 2)
@@ -123,6 +124,7 @@ def test_the_captioning_loss_counts_tokens() -> None:
     assert sum(float(count) for _, count in totals) == words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [COCA, CAPTION], ids=["coca", "caption"])
 def test_it_learns_to_write_eight_captions(objective: Any) -> None:
     """From the image alone, greedily, through the tokenizer and back: the very text."""
