@@ -24,7 +24,7 @@ _WITHOUT_FLOPS = frozenset(
         *("AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "TopK", "PartialReduce", "ApproxTopK"),
         *("MoveToHost", "MoveToDevice", "PinToDevice", "PinToDeviceSram", "Pin", "Unpin", "annotate_device_placement"),
         *("Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "PadToStatic", "SliceToDynamic"),
-        *("X64Combine", "X64SplitLow", "X64SplitHigh", "SliceId"),
+        *("X64Combine", "X64SplitLow", "X64SplitHigh", "SliceId", "ZeroCrop"),
     )
 )
 # Computations that an operation applies to elements and not to whole arrays.
