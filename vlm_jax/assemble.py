@@ -72,10 +72,6 @@ class Program:
         """The train step of the first phase."""
         return self.steps[0][1]
 
-    def step_at(self, index: int) -> StepFunction:
-        """The train step that makes step `index` of the run."""
-        return next(step for first, step in reversed(self.steps) if index >= first)
-
 
 def build_program(config: Config, mesh: Mesh | None = None) -> Program:
     """Resolves a config on a mesh (default: its own over all devices); raises `ConfigError` before any compile."""
