@@ -22,7 +22,9 @@ PyTree = Any
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 
-# logical axis of a weight -> mesh axis
+# logical axis of a weight -> mesh axis. A map whose input lies on `tensor` must name its input axis so too: ("mlp",
+# "embed") after ("embed", "mlp"). With two ("embed", "mlp") in a row XLA's partitioner (jaxlib 0.10.2, under Shardy and
+# under GSPMD) gives the first one a wrong gradient where data, fsdp and tensor are all above 1, and says nothing.
 WEIGHT_AXES: Mapping[str | None, str | None] = {
     "embed": "fsdp",
     "mlp": "tensor",
