@@ -54,3 +54,16 @@ def test_the_input_pipeline(tmp_path: Path) -> None:
     for kind in ("tar", "jsonl", "csv", "class_folders", "digits", "shapes"):
         assert figures[f"read {kind}"] > 0
     assert "one core" in output
+
+
+def test_the_profile_knows_the_parts_of_the_step(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    output = command.benchmark(
+        "step_profile", "--config=configs/clip_digits.py", "--config.data.batch_size=8", "--steps=1", "--top=3",
+        f"--json={path}",
+    )  # fmt: skip
+    found = json.loads(path.read_text())
+    assert sum(found["parts"].values()) == pytest.approx(found["total"])
+    assert {"MLP, maps", "attention, projections", "norms", "loss, clipping, optimiser"} <= set(found["parts"])
+    assert max(found["parts"].values()) < 0.8 * found["total"]  # else the names were not understood
+    assert "MLP, maps" in output

@@ -33,7 +33,9 @@ def softmax_attention(
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, mask: jax.Array | None, causal: bool
 ) -> tuple[jax.Array, Saved]:
-    logits_BxHxTxS = jnp.einsum("BTHD,BSHD->BHTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores_BxHxTxS = jnp.einsum("BTHD,BSHD->BHTS", q, k, preferred_element_type=jnp.float32)
+    # Fused into the maximum and again into the sum, the product would be made twice, as it is for v6e.
+    logits_BxHxTxS = jax.lax.optimization_barrier(scores_BxHxTxS) * q.shape[-1] ** -0.5
     if bias is not None:
         logits_BxHxTxS = logits_BxHxTxS + jnp.broadcast_to(bias.astype(jnp.float32), logits_BxHxTxS.shape)
     allowed = _allowed(mask, causal, logits_BxHxTxS.shape[-2:])
