@@ -1,0 +1,406 @@
+"""Conversations to tokens: ids, which of them are learned, and which image features some of them take.
+
+The spans that are learned are built and not searched for: a conversation is written piece by piece, each piece is
+tokenised by itself, and it is known of each whether the assistant says it. So no text of a message can hide an answer.
+A conversation that can't be used raises `BadRecord`. How pixels become tiles is `tiles`' business.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from vlm_jax.data.chat_templates import ChatTemplate
+from vlm_jax.data.images import decode
+from vlm_jax.data.sources.base import BadRecord, Record
+from vlm_jax.data.sources.chats import StoredImage, Turn
+from vlm_jax.data.text import Tokenizer
+from vlm_jax.data.tiles import NO_SLOT, TilePlan, Tiling
+from vlm_jax.schema import ConfigError
+
+Placement = Literal["inline", "llava", "start"]
+LEADING, TRAILING = "a leading turn of the assistant was left out", "a last question without an answer was left out"
+REMOVED = "a placeholder spelled in a message was taken out"
+CUT = "the end was cut off, the row was full"
+Message = list[str | int]
+"""Texts, and numbers of the images between them."""
+Features = tuple[np.ndarray, np.ndarray]
+"""Ids and slots of tokens that belong to an image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A conversation in tokens.
+
+    Attributes:
+        ids: int32 [n]; the id of the image token where a token takes image features.
+        supervised: bool [n], whether a token is learned: it is predicted from those before it.
+        slots: int32 [n], `tile * tokens_per_tile + feature` counted from the document's first tile, or `NO_SLOT` for
+            text, `NEWLINE` for the end of a row of features.
+        images: those of the record that its tiles come from.
+        tiles: the number of tiles of each image.
+        notes: what was changed to make the record usable.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    slots: np.ndarray
+    images: tuple[StoredImage, ...]
+    tiles: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.ids)
+
+    @property
+    def tile_count(self) -> int:
+        """Tiles of all images."""
+        return sum(self.tiles)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePlaces:
+    """Where in a conversation the tokens of its images stand.
+
+    Attributes:
+        placement: "inline" puts the k-th image where the k-th placeholder stands, anywhere. "llava" moves the
+            placeholder of a message to its front, followed by a line feed, and makes one of several (LLaVA-1.5).
+            "start" puts all images at the front of the first user message (nanoVLM); messages hold no placeholders.
+        placeholder: what stands for an image in a message; with "start" it is taken out where a message spells it.
+        label: text in front of an image where there are several, {} is its number from 0; empty: none.
+        image_token: the token whose id fills the places of image features; empty: the padding.
+    """
+
+    placement: Placement = "inline"
+    placeholder: str = "<image>"
+    label: str = ""
+    image_token: str = ""
+
+
+class Vocabulary:
+    """A tokenizer as conversations need it.
+
+    Attributes:
+        pad_id: what fills rows.
+        space_is_implied: whether the encoder puts a space in front of each text itself, as SentencePiece does: a
+            text that goes on after another one is then encoded without its first space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        if tokenizer.config.canonicalize:
+            raise ConfigError("config.data.tokenizer.canonicalize drops the punctuation of conversations; set it false")
+        self.tokenizer, self.pad_id = tokenizer, tokenizer.pad_id
+        alone, after_space = self.encode("x"), self.encode("x x")
+        self.space_is_implied = len(after_space) > len(alone) and after_space[-len(alone) :] == alone
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; no special token is among them."""
+        return self.tokenizer.encoder.encode(text.lower() if self.tokenizer.config.lower else text)
+
+    def special(self, token: str, what: str) -> int:
+        """The id of a special token; raises `ConfigError` when there is none, `what` says who wants it."""
+        if token == "{eos}" and self.tokenizer.eos_id >= 0:
+            return self.tokenizer.eos_id
+        found = self.tokenizer.encoder.special_id(token)
+        if found < 0:
+            raise ConfigError(
+                f"{what} needs the token {token!r}, which the vocabulary of config.data.tokenizer lacks; take another "
+                "tokenizer, or add the token to its special ones"
+            )
+        return found
+
+
+class _Pieces:
+    """Tokens in the making. Texts that follow each other and are learned alike are encoded as one."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.ids: list[np.ndarray] = []
+        self.supervised: list[np.ndarray] = []
+        self.slots: list[np.ndarray] = []
+        self._text, self._learned, self._after_text = "", False, False
+
+    def text(self, text: str, learned: bool) -> None:
+        if self._text and learned != self._learned:
+            self._flush()
+            self._after_text = True
+        self._text, self._learned = self._text + text, learned
+
+    def special(self, token_id: int, learned: bool) -> None:
+        self._flush()
+        self._add(np.asarray([token_id]), learned, np.asarray([NO_SLOT]))
+
+    def image(self, pieces: Sequence["str | Features"]) -> None:
+        for piece in pieces:
+            if isinstance(piece, str):
+                self.text(piece, False)
+            else:
+                self._flush()
+                self._add(piece[0], False, piece[1])
+
+    def _flush(self) -> None:
+        if self._text:
+            goes_on = self._after_text and self.vocabulary.space_is_implied and self._text[0] == " "
+            encoded = self.vocabulary.encode(self._text[1:] if goes_on else self._text)
+            self._add(np.asarray(encoded), self._learned, np.full(len(encoded), NO_SLOT))
+        self._text, self._after_text = "", False
+
+    def _add(self, ids: np.ndarray, learned: bool, slots: np.ndarray) -> None:
+        self.ids.append(ids)
+        self.supervised.append(np.full(len(ids), learned))
+        self.slots.append(slots)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        self._flush()
+        ids, slots = (np.concatenate(parts).astype(np.int32) for parts in (self.ids, self.slots))
+        return ids, np.concatenate(self.supervised).astype(bool), slots
+
+
+class ChatWriter:
+    """Writes records of conversations as documents. Picklable and safe in threads.
+
+    Args:
+        tokenizer: its encoder and special tokens; its length and padding play no part.
+        template: what stands around messages.
+        places: where images stand.
+        tiling: how an image becomes tiles.
+        tile_size: side of a tile in pixels.
+        tokens_per_tile: tokens that the model makes of a tile.
+
+    Raises:
+        ConfigError: the vocabulary lacks a special token that the template or the images need.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        places: ImagePlaces,
+        tiling: Tiling,
+        tile_size: int,
+        tokens_per_tile: int,
+    ):
+        self.vocabulary, self.template, self.places = Vocabulary(tokenizer), template, places
+        self.tiling, self.tile_size, self.tokens_per_tile = tiling, tile_size, tokens_per_tile
+        self.bos_id = tokenizer.bos_id
+        self.image_id = self.vocabulary.pad_id
+        if places.image_token:
+            self.image_id = self.vocabulary.special(places.image_token, "places.image_token")
+        names = ("start", "system", "user", "prompt", "answer", "after")
+        self._parts = {name: self._parsed(getattr(template, name)) for name in names}
+        self._markers = {
+            name: self.vocabulary.special(name, "the tiling") for name in tiling.markers(_GRID_SIDES) if name
+        }
+
+    def _parsed(self, text: str) -> list[str | int | None]:
+        """A template string as texts, ids of special tokens, and None for the message."""
+        parts: list[str | int | None] = []
+        specials = ("{}", "{bos}", "{eos}", *self.template.specials)
+        for part in re.split(f"({'|'.join(map(re.escape, specials))})", text):
+            if part == "{bos}":
+                parts += [self.bos_id] * (self.bos_id >= 0)  # vocabularies trained here have none
+            elif part in specials:
+                parts.append(None if part == "{}" else self.vocabulary.special(part, "the conversation template"))
+            elif part:
+                parts.append(part)
+        return parts
+
+    def document(self, record: Record) -> Document:
+        """The whole conversation.
+
+        Raises:
+            BadRecord: it can't be used; says why.
+        """
+        return self._written(record, *checked_rounds(record))
+
+    def prompt(self, record: Record) -> Document:
+        """The conversation up to where the assistant shall answer its last question; nothing of it is learned.
+
+        Raises:
+            BadRecord: it can't be used; says why.
+        """
+        system, rounds, notes = checked_rounds(record, answered=False)
+        return self._written(record, system, [*rounds[:-1], (rounds[-1][0], None)], notes)
+
+    def _written(
+        self, record: Record, system: str, rounds: Sequence[tuple[str, str | None]], notes: tuple[str, ...]
+    ) -> Document:
+        """The rounds as a document; one whose answer is None ends where the answer would begin."""
+        images: tuple[StoredImage, ...] = record["images"]
+        texts = [(question, answer or "") for question, answer in rounds]
+        messages = placed(texts, len(images), self.places, record)
+        if self.places.placement == "start" and any(self.places.placeholder in text for both in texts for text in both):
+            notes = (*notes, REMOVED)
+        plans = [self.tiling.plan(*self._size(image, record), self.tile_size, self.tokens_per_tile) for image in images]
+        pieces = _Pieces(self.vocabulary)
+        written = [self._image_pieces(plans, number, record) for number in range(len(images))]
+
+        def write(name: str, message: Message, learned: bool) -> None:
+            for part in self._parts[name]:
+                if isinstance(part, int):
+                    pieces.special(part, learned)
+                elif part is not None:
+                    pieces.text(part, learned)
+                for item in message if part is None else ():
+                    if isinstance(item, str):
+                        pieces.text(item, learned)
+                    else:
+                        pieces.image(written[item])
+
+        write("start", [], False)
+        system = system or self.template.default_system
+        if system and not self.template.system_in_user:
+            write("system", [system], False)
+        for number, (question, answer) in enumerate(messages):
+            if not self.template.reads_user_text:
+                question = [item for item in question if not isinstance(item, str)]
+            if system and self.template.system_in_user and number == 0:
+                question = [self.template.system.replace("{}", system), *question]
+            write("user", question, False)
+            write("prompt", [], False)
+            if rounds[number][1] is not None:
+                write("answer", answer, True)
+                write("after", [], False)
+        return Document(*pieces.arrays(), images, tuple(plan.tiles for plan in plans), notes)
+
+    def _image_pieces(self, plans: Sequence[TilePlan], number: int, record: Record) -> list[str | Features]:
+        """What stands for image `number`: its label, ids of marker tokens, and slots of the document."""
+        label = self.places.label.format(number) if len(plans) > 1 else ""
+        pieces: list[str | Features] = [label] if label else []
+        shift = sum(plan.tiles for plan in plans[:number]) * self.tokens_per_tile
+        for piece in plans[number].pieces:
+            if isinstance(piece, str):
+                pieces.append((np.asarray([self._marker(piece, record)]), np.asarray([NO_SLOT])))
+            else:
+                pieces.append((np.full(len(piece), self.image_id), np.where(piece >= 0, piece + shift, piece)))
+        return pieces
+
+    def cut(self, document: Document, length: int, record: Record) -> Document:
+        """The document without what lies beyond `length` tokens, nor the images of which nothing is left.
+
+        Raises:
+            BadRecord: nothing that is learned is left.
+        """
+        if len(document) <= length:
+            return document
+        if not document.supervised[:length].any():
+            why = f"it has {len(document)} tokens, and none of the first {length} is learned; make the rows longer"
+            raise BadRecord(record["where"], record["key"], why)
+        slots = document.slots[:length]
+        tiles_left = int(slots.max(initial=NO_SLOT)) // self.tokens_per_tile + 1
+        images = int(np.searchsorted(np.cumsum(document.tiles), tiles_left)) + 1 if tiles_left else 0
+        return Document(
+            document.ids[:length],
+            document.supervised[:length],
+            slots,
+            document.images[:images],
+            document.tiles[:images],
+            (*document.notes, CUT),
+        )
+
+    def tiles(self, document: Document, record: Record) -> np.ndarray:
+        """The pixels of a document's images, uint8 [tiles, tile_size, tile_size, 3]; raises `BadRecord`."""
+        side = self.tile_size
+        parts = [np.zeros((0, side, side, 3), np.uint8)]
+        for image in document.images:
+            try:
+                parts.append(self.tiling.tiles(decode(image.load()), side))
+            except ValueError as error:
+                raise BadRecord(record["where"], record["key"], str(error)) from error
+        return np.concatenate(parts)
+
+    def _size(self, image: StoredImage, record: Record) -> tuple[int, int]:
+        if not self.tiling.needs_size:
+            return 0, 0
+        try:
+            return image.size()
+        except ValueError as error:
+            raise BadRecord(record["where"], record["key"], str(error)) from error
+
+    def _marker(self, name: str, record: Record) -> int:
+        if name not in self._markers:
+            why = f"its image makes the tile {name}, and there are tokens for {_GRID_SIDES} rows and columns"
+            raise BadRecord(record["where"], record["key"], why)
+        return self._markers[name]
+
+
+_GRID_SIDES = 8
+
+
+def checked_rounds(record: Record, answered: bool = True) -> tuple[str, list[tuple[str, str]], tuple[str, ...]]:
+    """(system message or "", rounds of question and answer, notes) of a record's turns.
+
+    A leading turn of the assistant is left out, as LLaVA does, and a last question without an answer: there is nothing
+    to learn from either. With `answered` False that question is kept, and the last answer may be empty.
+
+    Raises:
+        BadRecord: two turns in a row come from the same side, an answer is empty, or there is no round at all.
+    """
+    turns: list[Turn] = list(record["turns"])
+    where, key, notes = record["where"], record["key"], []
+    system, offset = "", 1
+    if turns and turns[0].role == "system":
+        system, offset = turns.pop(0).text, 2
+    if turns and turns[0].role == "assistant":
+        turns.pop(0)
+        notes.append(LEADING)
+        offset += 1
+    for number, turn in enumerate(turns):
+        wanted = ("user", "assistant")[number % 2]
+        if turn.role != wanted:
+            before = turns[number - 1].role if number else "nobody"
+            why = f"its turn {number + offset} comes from the {turn.role} after one from the {before}"
+            raise BadRecord(where, key, f"{why}; the user and the assistant must take turns")
+    if len(turns) % 2:
+        if answered:
+            turns.pop()
+            notes.append(TRAILING)
+        else:
+            turns.append(Turn("assistant", ""))
+    if not turns:
+        raise BadRecord(where, key, "it has no question with an answer")
+    for number in range(1, len(turns), 2):
+        if not turns[number].text.strip() and (answered or number < len(turns) - 1):
+            raise BadRecord(where, key, f"its answer in turn {number + offset} is empty")
+    return system, [(turns[i].text, turns[i + 1].text) for i in range(0, len(turns), 2)], tuple(notes)
+
+
+def placed(
+    rounds: Sequence[tuple[str, str]], images: int, places: ImagePlaces, record: Record
+) -> list[tuple[Message, Message]]:
+    """The rounds with the numbers of the images where they stand, each number once and in order.
+
+    Raises:
+        BadRecord: there are more or fewer placeholders than images.
+    """
+    placeholder = places.placeholder
+    if places.placement == "start":
+        messages: list[tuple[Message, Message]] = [
+            ([question.replace(placeholder, "")], [answer.replace(placeholder, "")]) for question, answer in rounds
+        ]
+        messages[0][0][:0] = range(images)
+        return messages
+    found = 0
+
+    def split(text: str) -> Message:
+        nonlocal found
+        if placeholder not in text:
+            return [text]
+        if places.placement == "llava":
+            text = f"{placeholder}\n{text.replace(placeholder, '').strip()}".strip()
+        message: Message = []
+        for number, part in enumerate(text.split(placeholder)):
+            if number:
+                message.append(found)
+                found += 1
+            message += [part] if part else []
+        return message
+
+    messages = [(split(question), split(answer)) for question, answer in rounds]
+    if found != images:
+        why = f"its messages hold {found} {placeholder}, and it has {images} image{'s' * (images != 1)}"
+        raise BadRecord(record["where"], record["key"], f"{why}: the k-th placeholder takes the k-th image")
+    return messages
