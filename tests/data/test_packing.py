@@ -95,7 +95,7 @@ def test_documents_are_isolated_by_segment_and_position(padding):
 
 
 def test_without_isolation_a_row_is_nanovlms():
-    """One separator after each document, that nothing sees; positions run through."""
+    """One separator behind each document, that nothing sees; positions run through."""
     pack_case = json.loads(GOLDEN.read_text())["pack"]
     mask = np.asarray(pack_case["attention_mask"])
     separators = np.flatnonzero(mask == 0)

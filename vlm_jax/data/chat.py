@@ -238,7 +238,7 @@ class ChatWriter:
         pieces = _Pieces(self.vocabulary)
         written = [self._image_pieces(plans, number, record) for number in range(len(images))]
 
-        def write(name: str, message: Message, learned: bool) -> None:
+        def write(name: str, message: Sequence[str | int], learned: bool) -> None:
             for part in self._parts[name]:
                 if isinstance(part, int):
                     pieces.special(part, learned)
@@ -340,7 +340,7 @@ def checked_rounds(record: Record, answered: bool = True) -> tuple[str, list[tup
         BadRecord: two turns in a row come from the same side, an answer is empty, or there is no round at all.
     """
     turns: list[Turn] = list(record["turns"])
-    where, key, notes = record["where"], record["key"], []
+    where, key, notes = record["where"], record["key"], list(record.get("notes", ()))
     system, offset = "", 1
     if turns and turns[0].role == "system":
         system, offset = turns.pop(0).text, 2

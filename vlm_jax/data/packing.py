@@ -115,6 +115,13 @@ class Packing:
             raise IndexError(f"there are {len(self)} rows, there is no row {row}")
         return self.documents[int(self.ends[row - 1]) if row else 0 : int(self.ends[row])]
 
+    @classmethod
+    def joined(cls, tables: Sequence["Packing"]) -> "Packing":
+        """The rows of one table after those of another."""
+        offsets = np.cumsum([0, *(len(table.documents) for table in tables)])
+        ends = [table.ends + offset for table, offset in zip(tables, offsets, strict=False)]
+        return cls(np.concatenate([table.documents for table in tables]), np.concatenate(ends))
+
 
 def pack_windows(
     lengths: Sequence[int] | np.ndarray,
@@ -196,16 +203,16 @@ def lay_out(
 
     Args:
         lengths: tokens of each document.
-        row_length: tokens of the row; at least their sum, and one more for each document with `isolation` "none".
+        row_length: tokens of the row; at least their sum, and one more for each gap with `isolation` "none".
         isolation: "document" gives each its own segment and positions that begin at 0. "none" is nanoVLM's row: one
-            segment, positions that run through, and after each document one token of padding, which nothing sees.
+            segment, positions that run through, and between documents a token of padding, which nothing sees.
         padding: the side where the row is filled up.
 
     Raises:
         ValueError: the documents are longer than the row.
     """
     gap = int(isolation == "none")
-    total = sum(lengths) + gap * len(lengths)
+    total = sum(lengths) + gap * max(0, len(lengths) - 1)
     if total > row_length:
         raise ValueError(f"{len(lengths)} documents of {total} tokens don't fit a row of {row_length}")
     place = row_length - total if padding == "left" else 0

@@ -123,7 +123,7 @@ class AnyresTiling(Tiling):
 
     def tiles(self, image: np.ndarray, tile_size: int) -> np.ndarray:
         """See the base."""
-        columns, rows = best_grid(*image.shape[:2], self.grids, tile_size)
+        columns, rows = best_grid(image.shape[0], image.shape[1], self.grids, tile_size)
         canvas = resize_and_pad(image, columns * tile_size, rows * tile_size)
         whole = resize(image, tile_size, tile_size, "bicubic")
         return np.concatenate([whole[None], cut(canvas, tile_size)])
@@ -173,7 +173,7 @@ class SplitTiling(Tiling):
 
     def tiles(self, image: np.ndarray, tile_size: int) -> np.ndarray:
         """See the base."""
-        height, width = split_size(*image.shape[:2], tile_size, self.max_side, self.enlarge)
+        height, width = split_size(image.shape[0], image.shape[1], tile_size, self.max_side, self.enlarge)
         resized = resize(image, width, height, "bicubic")
         cells = cut(resized, tile_size)
         if len(cells) == 1 or not self.global_marker:

@@ -136,7 +136,9 @@ def _turn(item: Any, number: int, where: str, key: str) -> Turn:
     role, text = item.get("from", item.get("role")), item.get("value", item.get("content"))
     known = _ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
-        raise BadRecord(where, key, f"its turn {number} comes from {_brief(role)}, which is none of {', '.join(_ROLES)}")
+        raise BadRecord(
+            where, key, f"its turn {number} comes from {_brief(role)}, which is none of {', '.join(_ROLES)}"
+        )
     return Turn(known, checked_text(text, f"turn {number}", where, key))
 
 
