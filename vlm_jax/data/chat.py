@@ -223,7 +223,8 @@ class ChatWriter:
             BadRecord: it can't be used; says why.
         """
         system, rounds, notes = checked_rounds(record, answered=False)
-        return self._written(record, system, [*rounds[:-1], (rounds[-1][0], None)], notes)
+        document = self._written(record, system, [*rounds[:-1], (rounds[-1][0], None)], notes)
+        return dataclasses.replace(document, supervised=np.zeros_like(document.supervised))
 
     def _written(
         self, record: Record, system: str, rounds: Sequence[tuple[str, str | None]], notes: tuple[str, ...]

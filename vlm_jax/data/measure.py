@@ -24,6 +24,7 @@ from vlm_jax.data.bad_records import Failure
 from vlm_jax.data.chat import Document
 from vlm_jax.data.sources.base import BadRecord, Record, Source
 from vlm_jax.data.sources.mixture import MixtureSource
+from vlm_jax.data.tiles import NO_SLOT
 
 _VERSION = 1
 _CHUNK = 128
@@ -59,6 +60,7 @@ class Measured:
         tokens: int32 [records], tokens in a row; -1 for a record that can't be used.
         whole: int32 [records], tokens before the document was cut.
         learned: int32 [records], tokens that are learned.
+        image_tokens: int32 [records], tokens that take features of images.
         tiles: int32 [records].
         failures: the records that can't be used.
         notes: how many records were changed to be usable, by what was done.
@@ -67,12 +69,13 @@ class Measured:
     tokens: np.ndarray
     whole: np.ndarray
     learned: np.ndarray
+    image_tokens: np.ndarray
     tiles: np.ndarray
     failures: tuple[Failure, ...]
     notes: Mapping[str, int]
 
 
-_ARRAYS = ("tokens", "whole", "learned", "tiles")
+_ARRAYS = ("tokens", "whole", "learned", "image_tokens", "tiles")
 
 
 def measure(source: Source, maker: Measurable, threads: int = 4, cache_dir: str = "") -> Measured:
@@ -124,8 +127,8 @@ def _measure(source: Source, maker: Measurable, threads: int) -> Measured:
                 else:
                     found[result[0]] = result[1]
                     notes.update(result[2])
-    tokens, whole, learned, tiles = found.T.copy()
-    return Measured(tokens, whole, learned, tiles, tuple(failures), dict(notes))
+    tokens, whole, learned, image_tokens, tiles = found.T.copy()
+    return Measured(tokens, whole, learned, image_tokens, tiles, tuple(failures), dict(notes))
 
 
 def _look(source: Source, maker: Measurable, index: int) -> tuple[int, tuple[int, ...], tuple[str, ...]] | Failure:
@@ -133,7 +136,9 @@ def _look(source: Source, maker: Measurable, index: int) -> tuple[int, tuple[int
         document, whole = maker.fitted(source[index])
     except BadRecord as error:
         return Failure.of(index, error)
-    return index, (len(document), whole, int(document.supervised.sum()), document.tile_count), document.notes
+    features = int((document.slots != NO_SLOT).sum())
+    counts = len(document), whole, int(document.supervised.sum()), features, document.tile_count
+    return index, counts, document.notes
 
 
 def _read(place: str) -> Measured | None:
@@ -141,8 +146,8 @@ def _read(place: str) -> Measured | None:
         with np.load(place, allow_pickle=False) as kept:
             about = json.loads(str(kept["about"]))
             failures = tuple(Failure(*failure) for failure in about["failures"])
-            tokens, whole, learned, tiles = (kept[name] for name in _ARRAYS)
-            return Measured(tokens, whole, learned, tiles, failures, about["notes"])
+            tokens, whole, learned, image_tokens, tiles = (kept[name] for name in _ARRAYS)
+            return Measured(tokens, whole, learned, image_tokens, tiles, failures, about["notes"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # missing, or half-written by another program: the source itself tells
 
@@ -169,4 +174,4 @@ def counted_reasons(failures: Iterable[Failure]) -> list[tuple[str, int, Failure
 
 def _reason(why: str) -> str:
     """A sentence without what differs from record to record: `its image 'a.jpg' ...` becomes `its image '...' ...`."""
-    return re.sub(r"\d+", "N", re.sub(r"'[^']*'", "'...'", why))
+    return re.sub(r"\d+", "N", re.sub(r"(?<!\w)'[^']*'", "'...'", why))
