@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.chat import ChatWriter, ImagePlaces
+from vlm_jax.data.chat import ChatWriter
 from vlm_jax.data.chat_config import NANOVLM
 from vlm_jax.data.chat_templates import TEMPLATES
+from vlm_jax.data.rounds import ImagePlaces
 from vlm_jax.data.sources.chats import DrawnImage, Turn
 from vlm_jax.data.text import HfTokenizerConfig, SentencePieceConfig, Tokenizer, build_tokenizer
 from vlm_jax.data.tiles import SplitTiling, SquareTiling, Tiling
@@ -72,4 +73,6 @@ def nanovlm_items() -> list[dict[str, Any]]:
 
 
 def nanovlm_config(**changes: Any) -> Any:
-    return dataclasses.replace(NANOVLM, tiling=SplitTiling(max_side=64), **changes)
+    """As published, for small tiles."""
+    published = dataclasses.replace(NANOVLM, tiling=SplitTiling(max_side=64), packing="balanced", isolation="none")
+    return dataclasses.replace(published, **changes)

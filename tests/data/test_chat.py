@@ -15,9 +15,10 @@ from conversations import (
     record,
 )
 
-from vlm_jax.data.chat import CUT, LEADING, REMOVED, TRAILING, ChatWriter, ImagePlaces
+from vlm_jax.data.chat import CUT, ChatWriter
 from vlm_jax.data.chat_config import ChatConfig
 from vlm_jax.data.chat_templates import TEMPLATES
+from vlm_jax.data.rounds import LEADING, REMOVED, TRAILING, ImagePlaces
 from vlm_jax.data.sources.base import BadRecord
 from vlm_jax.data.sources.chats import read_turns
 from vlm_jax.data.text import HfTokenizerConfig, SentencePieceConfig, build_tokenizer

@@ -8,24 +8,19 @@ A conversation that can't be used raises `BadRecord`. How pixels become tiles is
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
 from vlm_jax.data.chat_templates import ChatTemplate
 from vlm_jax.data.images import decode
+from vlm_jax.data.rounds import REMOVED, ImagePlaces, checked_rounds, placed
 from vlm_jax.data.sources.base import BadRecord, Record
-from vlm_jax.data.sources.chats import StoredImage, Turn
+from vlm_jax.data.sources.chats import StoredImage, conversation_of
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.data.tiles import NO_SLOT, TilePlan, Tiling
 from vlm_jax.schema import ConfigError
 
-Placement = Literal["inline", "llava", "start"]
-LEADING, TRAILING = "a leading turn of the assistant was left out", "a last question without an answer was left out"
-REMOVED = "a placeholder spelled in a message was taken out"
 CUT = "the end was cut off, the row was full"
-Message = list[str | int]
-"""Texts, and numbers of the images between them."""
 Features = tuple[np.ndarray, np.ndarray]
 """Ids and slots of tokens that belong to an image."""
 
@@ -59,25 +54,6 @@ class Document:
     def tile_count(self) -> int:
         """Tiles of all images."""
         return sum(self.tiles)
-
-
-@dataclasses.dataclass(frozen=True)
-class ImagePlaces:
-    """Where in a conversation the tokens of its images stand.
-
-    Attributes:
-        placement: "inline" puts the k-th image where the k-th placeholder stands, anywhere. "llava" moves the
-            placeholder of a message to its front, followed by a line feed, and makes one of several (LLaVA-1.5).
-            "start" puts all images at the front of the first user message (nanoVLM); messages hold no placeholders.
-        placeholder: what stands for an image in a message; with "start" it is taken out where a message spells it.
-        label: text in front of an image where there are several, {} is its number from 0; empty: none.
-        image_token: the token whose id fills the places of image features; empty: the padding.
-    """
-
-    placement: Placement = "inline"
-    placeholder: str = "<image>"
-    label: str = ""
-    image_token: str = ""
 
 
 class Vocabulary:
@@ -209,11 +185,12 @@ class ChatWriter:
         return parts
 
     def document(self, record: Record) -> Document:
-        """The whole conversation.
+        """The whole conversation; of a record with a caption, its first one as the answer to the image.
 
         Raises:
             BadRecord: it can't be used; says why.
         """
+        record = conversation_of(record, self.places.in_messages)
         return self._written(record, *checked_rounds(record))
 
     def prompt(self, record: Record) -> Document:
@@ -222,6 +199,7 @@ class ChatWriter:
         Raises:
             BadRecord: it can't be used; says why.
         """
+        record = conversation_of(record, self.places.in_messages)
         system, rounds, notes = checked_rounds(record, answered=False)
         document = self._written(record, system, [*rounds[:-1], (rounds[-1][0], None)], notes)
         return dataclasses.replace(document, supervised=np.zeros_like(document.supervised))
@@ -329,79 +307,3 @@ class ChatWriter:
 
 
 _GRID_SIDES = 8
-
-
-def checked_rounds(record: Record, answered: bool = True) -> tuple[str, list[tuple[str, str]], tuple[str, ...]]:
-    """(system message or "", rounds of question and answer, notes) of a record's turns.
-
-    A leading turn of the assistant is left out, as LLaVA does, and a last question without an answer: there is nothing
-    to learn from either. With `answered` False that question is kept, and the last answer may be empty.
-
-    Raises:
-        BadRecord: two turns in a row come from the same side, an answer is empty, or there is no round at all.
-    """
-    turns: list[Turn] = list(record["turns"])
-    where, key, notes = record["where"], record["key"], list(record.get("notes", ()))
-    system, offset = "", 1
-    if turns and turns[0].role == "system":
-        system, offset = turns.pop(0).text, 2
-    if turns and turns[0].role == "assistant":
-        turns.pop(0)
-        notes.append(LEADING)
-        offset += 1
-    for number, turn in enumerate(turns):
-        wanted = ("user", "assistant")[number % 2]
-        if turn.role != wanted:
-            before = turns[number - 1].role if number else "nobody"
-            why = f"its turn {number + offset} comes from the {turn.role} after one from the {before}"
-            raise BadRecord(where, key, f"{why}; the user and the assistant must take turns")
-    if len(turns) % 2:
-        if answered:
-            turns.pop()
-            notes.append(TRAILING)
-        else:
-            turns.append(Turn("assistant", ""))
-    if not turns:
-        raise BadRecord(where, key, "it has no question with an answer")
-    for number in range(1, len(turns), 2):
-        if not turns[number].text.strip() and (answered or number < len(turns) - 1):
-            raise BadRecord(where, key, f"its answer in turn {number + offset} is empty")
-    return system, [(turns[i].text, turns[i + 1].text) for i in range(0, len(turns), 2)], tuple(notes)
-
-
-def placed(
-    rounds: Sequence[tuple[str, str]], images: int, places: ImagePlaces, record: Record
-) -> list[tuple[Message, Message]]:
-    """The rounds with the numbers of the images where they stand, each number once and in order.
-
-    Raises:
-        BadRecord: there are more or fewer placeholders than images.
-    """
-    placeholder = places.placeholder
-    if places.placement == "start":
-        messages: list[tuple[Message, Message]] = [
-            ([question.replace(placeholder, "")], [answer.replace(placeholder, "")]) for question, answer in rounds
-        ]
-        messages[0][0][:0] = range(images)
-        return messages
-    found = 0
-
-    def split(text: str) -> Message:
-        nonlocal found
-        if placeholder not in text:
-            return [text]
-        if places.placement == "llava":
-            text = f"{placeholder}\n{text.replace(placeholder, '').strip()}".strip()
-        message: Message = []
-        for number, part in enumerate(text.split(placeholder)):
-            if number:
-                message.append(found)
-                found += 1
-            message += [part] if part else []
-        return message
-
-    messages = [(split(question), split(answer)) for question, answer in rounds]
-    if found != images:
-        why = f"its messages hold {found} {placeholder}, and it has {images} image{'s' * (images != 1)}"
-        raise BadRecord(record["where"], record["key"], f"{why}: the k-th placeholder takes the k-th image")
-    return messages

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-from vlm_jax.data.chat import ImagePlaces
 from vlm_jax.data.chat_templates import TEMPLATES, ChatTemplate
 from vlm_jax.data.packing import WINDOW, Isolation, Padding
+from vlm_jax.data.rounds import ImagePlaces
 from vlm_jax.data.tiles import AnyresTiling, SplitTiling, SquareTiling, Tiling
 
 Template = Literal["vicuna_v1", "plain", "plain_eos", "llama_2", "chatml", "smollm2", "qwen", "nanovlm"]
@@ -60,9 +60,11 @@ class ChatConfig:
 
 
 LLAVA_STAGE_1 = ChatConfig(
-    template="plain", images=ImagePlaces(placement="llava"), tiling=SquareTiling(fit="crop"), row_length=2048
+    template="plain", images=ImagePlaces(placement="llava"), tiling=SquareTiling(fit="crop"), row_length=768
 )
-"""LLaVA-1.5's first stage: image and caption alone (Liu et al. 2024, scripts/v1_5/pretrain.sh)."""
+"""LLaVA-1.5's first stage: image and caption alone (Liu et al. 2024, scripts/v1_5/pretrain.sh).
+
+The published length of 2048 is a limit; rows have one shape here, and captions leave two thirds of that empty."""
 
 LLAVA_STAGE_2 = ChatConfig(
     template="vicuna_v1", images=ImagePlaces(placement="llava"), tiling=SquareTiling(fit="pad"), group=128
@@ -82,10 +84,12 @@ NANOVLM = ChatConfig(
     max_tiles=63,
     too_long="drop",
     padding="left",
-    packing="balanced",
-    isolation="none",
+    packing="tight",
 )
-"""nanoVLM as published (models/config.py); `isolation="document"` keeps packed conversations apart."""
+"""nanoVLM (models/config.py), with conversations of a row kept apart.
+
+As published they are not: `packing="balanced", isolation="none"`. A row counts its tiles, of which 63 is the most that
+its tokens can take, where nanoVLM counts images."""
 
 RECIPES = {
     "llava_stage_1": LLAVA_STAGE_1,

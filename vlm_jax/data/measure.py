@@ -93,6 +93,9 @@ def measure(source: Source, maker: Measurable, threads: int = 4, cache_dir: str 
         place = os.path.join(cache_dir, f"lengths-{digest[:24]}.npz")
         if (kept := _read(place)) is not None:
             return kept
+    _log.info(
+        "measuring %d conversations, once%s", len(source), f"; their lengths are kept in {place}" if place else ""
+    )
     measured = _measure(source, maker, threads)
     for note, count in measured.notes.items():
         _log.warning("%d of %d records: %s", count, len(source), note)

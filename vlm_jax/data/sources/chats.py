@@ -5,7 +5,6 @@ A record of a conversation holds `turns`, a tuple of `Turn`s, and `images`, a tu
 """
 
 import dataclasses
-import functools
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import ExifTags, Image
 
-from vlm_jax.data.sources.base import BadRecord
+from vlm_jax.data.sources.base import BadRecord, Record
 
 Role = Literal["system", "user", "assistant"]
 _ROLES: dict[str, Role] = {
@@ -91,6 +90,21 @@ class ImageFile:
         why = getattr(error, "strerror", None) or str(error)
         where = "" if os.path.isabs(self.name) else f" in {self.root}, the source's image_root"
         return ValueError(f"its image {self.name!r} can't be read: {why}{where}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageArray:
+    """Pixels in memory, uint8 [H, W, 3]."""
+
+    pixels: np.ndarray
+
+    def load(self) -> np.ndarray:
+        """See `StoredImage`."""
+        return self.pixels
+
+    def size(self) -> tuple[int, int]:
+        """See `StoredImage`."""
+        return self.pixels.shape[0], self.pixels.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +189,17 @@ def message_texts(turns: Sequence[Turn]) -> tuple[str, ...]:
     return tuple(turn.text for turn in turns if turn.text.strip())
 
 
-def drawn(draw: Callable[..., np.ndarray], height: int, width: int, *arguments: Any) -> DrawnImage:
-    """An image that `draw(*arguments)` makes."""
-    return DrawnImage(functools.partial(draw, *arguments), height, width)
+def conversation_of(record: Record, placeholder: str) -> Record:
+    """The record itself if it is a conversation; else a caption as one, in which the user shows the image alone.
+
+    Raises:
+        BadRecord: it has neither turns nor a caption.
+    """
+    if "turns" in record:
+        return record
+    if not record["texts"]:
+        raise BadRecord(record["where"], record["key"], record.get("no_caption", "it has no caption"))
+    image = record["image"]
+    stored = ImageArray(image) if isinstance(image, np.ndarray) else ImageBytes(image)
+    turns = (Turn("user", placeholder), Turn("assistant", record["texts"][0]))
+    return {"turns": turns, "images": (stored,), "key": record["key"], "where": record["where"]}

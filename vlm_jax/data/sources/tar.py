@@ -29,8 +29,8 @@ class TarConfig(SourceConfig):
     json_text_key: tuple[str, ...] = ("caption",)
     # how often the captions of each key are trained on; empty: every caption is as likely as every other
     text_probabilities: tuple[float, ...] = ()
-    # key of the turns in *.json members, such as "conversations": then records are conversations, with the image of the
-    # same key or none; empty: they are captions
+    # key of the turns in *.json members, such as "conversations": then records are conversations, with one image
+    # (0007.jpg), several (0007.0.jpg, 0007.1.jpg, ...) or none; empty: they are captions
     json_chat_key: str = ""
     # names of the classes that *.cls members number; empty: the shards carry no labels
     class_names: tuple[str, ...] = ()
@@ -111,8 +111,8 @@ class TarSource:
 
     def _chat(self, shard: int, row: int) -> Record:
         where, key = self.shards[shard], self.indices[shard].keys[row]
-        turns, image = self._turns(shard, row), self._part(shard, row, IMAGE)
-        images = () if image is None else (ImageBytes(image),)
+        turns, spans = self._turns(shard, row), self.indices[shard].images(row)
+        images = tuple(ImageBytes(self._bytes(shard, row, offset, size)) for offset, size in spans)
         return {"turns": turns, "images": images, "texts": message_texts(turns), "key": key, "where": where}
 
     def _turns(self, shard: int, row: int) -> tuple[Turn, ...]:
@@ -151,8 +151,9 @@ class TarSource:
     def _part(self, shard: int, row: int, part: int) -> bytes | None:
         """Bytes of a member; the shard is opened each time, which costs microseconds and keeps no handle to lose."""
         offset, size = (int(number) for number in self.indices[shard].spans[row, part])
-        if offset < 0:
-            return None
+        return None if offset < 0 else self._bytes(shard, row, offset, size)
+
+    def _bytes(self, shard: int, row: int, offset: int, size: int) -> bytes:
         where, key = self.shards[shard], self.indices[shard].keys[row]
         try:
             with open(where, "rb", buffering=0) as file:
