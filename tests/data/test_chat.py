@@ -1,6 +1,5 @@
 import json
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -193,9 +192,9 @@ BAD = {
     "no answer": (("a",), {}, "it has no question with an answer"),
     "only the assistant": (("a",), {"first": "assistant"}, "it has no question with an answer"),
     "empty answer": (("a", "b", "c", " \n"), {}, "its answer in turn 4 is empty"),
-    "fewer placeholders": (("a <image>", "b"), {"images": 2}, "hold 1 <image>, and it has 2 images"),
-    "more placeholders": (("<image> a", "b", "<image> c", "d"), {"images": 1}, "hold 2 <image>, and it has 1 image:"),
-    "placeholder without image": (("a <image>", "b"), {}, "hold 1 <image>, and it has 0 images"),
+    "fewer placeholders": (("a <image>", "b"), {"images": 2}, "hold 1 <image>, its images are 2"),
+    "more placeholders": (("<image> a", "b", "<image> c", "d"), {"images": 1}, "hold 2 <image>, its images are 1:"),
+    "placeholder without image": (("a <image>", "b"), {}, "hold 1 <image>, its images are 0"),
 }
 
 
@@ -292,15 +291,12 @@ def test_writers_travel_to_workers():
             np.testing.assert_array_equal(again.document(conversation).ids, writer.document(conversation).ids)
 
 
-def test_the_time_to_write_a_conversation_grows_with_its_length_alone():
-    writer = llava_writer()
-
-    def seconds(rounds):
-        conversation = record(*["What is in this picture? Say it in full."] * (2 * rounds))
-        started = time.perf_counter()
-        writer.document(conversation)
-        return time.perf_counter() - started
-
-    seconds(10)
-    short, long = (min(seconds(rounds) for _ in range(3)) for rounds in (40, 640))
-    assert long < 16 * 4 * short  # sixteen times the text; were it quadratic, 256 times the time
+def test_every_character_is_encoded_once(monkeypatch):
+    """The work grows with the length of a conversation, not with its square."""
+    writer, encoded = llava_writer(), []
+    encode = writer.vocabulary.encode
+    monkeypatch.setattr(writer.vocabulary, "encode", lambda text: encoded.append(text) or encode(text))
+    document = writer.document(record(*["<image> What is in this picture?", "Say it in full."] * 50, images=50))
+    text = writer.template.default_system + " " + "USER: \nWhat is in this picture? ASSISTANT: Say it in full." * 50
+    assert sum(map(len, encoded)) == len(text) - 50  # the space in front of each answer is implied
+    assert len(document) > 50 * 15

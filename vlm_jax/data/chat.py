@@ -21,8 +21,8 @@ from vlm_jax.data.tiles import NO_SLOT, TilePlan, Tiling
 from vlm_jax.schema import ConfigError
 
 CUT = "the end was cut off, the row was full"
-Features = tuple[np.ndarray, np.ndarray]
-"""Ids and slots of tokens that belong to an image."""
+ImagePiece = str | int | tuple[np.ndarray, int]
+"""A text, the id of a marker token, or slots of features and the id that stands in their places."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,45 +94,55 @@ class _Pieces:
 
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
-        self.ids: list[np.ndarray] = []
-        self.supervised: list[np.ndarray] = []
-        self.slots: list[np.ndarray] = []
-        self._text, self._learned, self._after_text = "", False, False
+        self.ids: list[int] = []
+        self.learned: list[tuple[int, int]] = []
+        self.features: list[tuple[int, np.ndarray]] = []
+        self._texts: list[str] = []
+        self._text_learned, self._after_text = False, False
 
     def text(self, text: str, learned: bool) -> None:
-        if self._text and learned != self._learned:
+        if self._texts and learned != self._text_learned:
             self._flush()
             self._after_text = True
-        self._text, self._learned = self._text + text, learned
+        self._text_learned = learned
+        self._texts += [text] if text else []
 
     def special(self, token_id: int, learned: bool) -> None:
         self._flush()
-        self._add(np.asarray([token_id]), learned, np.asarray([NO_SLOT]))
+        self._add([token_id], learned)
 
-    def image(self, pieces: Sequence["str | Features"]) -> None:
+    def image(self, pieces: Sequence[ImagePiece]) -> None:
         for piece in pieces:
             if isinstance(piece, str):
                 self.text(piece, False)
+            elif isinstance(piece, int):
+                self.special(piece, False)
             else:
                 self._flush()
-                self._add(piece[0], False, piece[1])
+                self.features.append((len(self.ids), piece[0]))
+                self._add([piece[1]] * len(piece[0]), False)
 
     def _flush(self) -> None:
-        if self._text:
-            goes_on = self._after_text and self.vocabulary.space_is_implied and self._text[0] == " "
-            encoded = self.vocabulary.encode(self._text[1:] if goes_on else self._text)
-            self._add(np.asarray(encoded), self._learned, np.full(len(encoded), NO_SLOT))
-        self._text, self._after_text = "", False
+        text = "".join(self._texts)
+        if text:
+            goes_on = self._after_text and self.vocabulary.space_is_implied and text[0] == " "
+            self._add(self.vocabulary.encode(text[1:] if goes_on else text), self._text_learned)
+        self._texts, self._after_text = [], False
 
-    def _add(self, ids: np.ndarray, learned: bool, slots: np.ndarray) -> None:
-        self.ids.append(ids)
-        self.supervised.append(np.full(len(ids), learned))
-        self.slots.append(slots)
+    def _add(self, ids: list[int], learned: bool) -> None:
+        if learned:
+            self.learned.append((len(self.ids), len(self.ids) + len(ids)))
+        self.ids += ids
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         self._flush()
-        ids, slots = (np.concatenate(parts).astype(np.int32) for parts in (self.ids, self.slots))
-        return ids, np.concatenate(self.supervised).astype(bool), slots
+        ids = np.asarray(self.ids, np.int32)
+        supervised, slots = np.zeros(len(ids), bool), np.full(len(ids), NO_SLOT, np.int32)
+        for start, stop in self.learned:
+            supervised[start:stop] = True
+        for start, features in self.features:
+            slots[start : start + len(features)] = features
+        return ids, supervised, slots
 
 
 class ChatWriter:
@@ -245,16 +255,16 @@ class ChatWriter:
                 write("after", [], False)
         return Document(*pieces.arrays(), images, tuple(plan.tiles for plan in plans), notes)
 
-    def _image_pieces(self, plans: Sequence[TilePlan], number: int, record: Record) -> list[str | Features]:
+    def _image_pieces(self, plans: Sequence[TilePlan], number: int, record: Record) -> list[ImagePiece]:
         """What stands for image `number`: its label, ids of marker tokens, and slots of the document."""
         label = self.places.label.format(number) if len(plans) > 1 else ""
-        pieces: list[str | Features] = [label] if label else []
+        pieces: list[ImagePiece] = [label] if label else []
         shift = sum(plan.tiles for plan in plans[:number]) * self.tokens_per_tile
         for piece in plans[number].pieces:
             if isinstance(piece, str):
-                pieces.append((np.asarray([self._marker(piece, record)]), np.asarray([NO_SLOT])))
+                pieces.append(self._marker(piece, record))
             else:
-                pieces.append((np.full(len(piece), self.image_id), np.where(piece >= 0, piece + shift, piece)))
+                pieces.append((np.where(piece >= 0, piece + shift, piece), self.image_id))
         return pieces
 
     def cut(self, document: Document, length: int, record: Record) -> Document:

@@ -112,6 +112,6 @@ def placed(
 
     messages = [(split(question), split(answer)) for question, answer in rounds]
     if found != images:
-        why = f"its messages hold {found} {placeholder}, and it has {images} image{'s' * (images != 1)}"
+        why = f"its messages hold {found} {placeholder}, its images are {images}"
         raise BadRecord(record["where"], record["key"], f"{why}: the k-th placeholder takes the k-th image")
     return messages
