@@ -18,6 +18,7 @@ from conversations import (
 from PIL import Image
 
 from vlm_jax import schema
+from vlm_jax.data import pipeline
 from vlm_jax.data.bad_records import BadRecordBudgetExceeded
 from vlm_jax.data.chat_config import LLAVA_NEXT, LLAVA_STAGE_1, LLAVA_STAGE_2, NANOVLM, ChatConfig
 from vlm_jax.data.chat_examples import ChatExamples, row_shapes
@@ -180,6 +181,22 @@ def test_the_stream_is_the_same_for_any_mesh_and_start(maker, config):
         for batch, wanted in zip(stream, batches, strict=True):
             for key, value in batch.items():
                 np.testing.assert_array_equal(value, np.stack([row[key] for row in wanted]))
+
+
+def test_processes_that_find_other_lengths_stop_before_the_first_step(maker, monkeypatch):
+    """Each looks at the data by itself; a file that one of them lacks would make its rows others."""
+    source, other = SHAPES.build(""), dataclasses.replace(SHAPES, seed=1).build("")
+    tables = {s: maker.rows(s, 3, 1, "").table for s in (source, other)}
+    assert tables[source] != tables[other] and tables[source] == maker.rows(source, 9, 2, "").table
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for third, stops in ((other, True), (source, False)):
+        found = np.stack([np.frombuffer(tables[s].encode(), np.uint8) for s in (source, source, third)])
+        monkeypatch.setattr(pipeline.multihost_utils, "process_allgather", lambda mine, found=found: found)
+        if stops:
+            with pytest.raises(ConfigError, match="process 2 found other lengths"):
+                pipeline._check_same_table(tables[source])
+        else:
+            pipeline._check_same_table(tables[source])
 
 
 def test_rows_travel_to_workers(maker):

@@ -68,7 +68,8 @@ def chat_rows(
             "to 0, or join the data"
         )
     lengths = np.where(measured.tiles > 0, measured.tokens, -measured.tokens) * (measured.tokens > 0)
-    return TrainRows(source, maker, seed, GroupedOrder(lengths, config.group, seed), measured.failures)
+    order = GroupedOrder(lengths, config.group, seed)
+    return TrainRows(source, maker, seed, order, measured.failures, measured.digest())
 
 
 class PackedRows:
@@ -83,7 +84,7 @@ class PackedRows:
 
     def __init__(self, source: Source, maker: JoinsDocuments, measured: Measured, seed: int):
         self.source, self.maker, self.seed = source, maker, seed
-        self.known_failures = measured.failures
+        self.known_failures, self.table = measured.failures, measured.digest()
         tables: list[Packing] = []
         self.order = _order(source, maker.config, measured, seed, 0, tables)
         self.packing = Packing.joined(tables)

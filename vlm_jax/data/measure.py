@@ -74,6 +74,10 @@ class Measured:
     failures: tuple[Failure, ...]
     notes: Mapping[str, int]
 
+    def digest(self) -> str:
+        """Of all that decides which documents share a row."""
+        return hashlib.sha256(self.tokens.tobytes() + self.tiles.tobytes()).hexdigest()
+
 
 _ARRAYS = ("tokens", "whole", "learned", "image_tokens", "tiles")
 

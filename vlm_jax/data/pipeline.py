@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from vlm_jax.data.bad_records import BadRecordAccount, Failure
@@ -133,6 +134,7 @@ class TrainLoader:
         schedule = Schedule(start_position, batch_size, layout.rows, config.threads, config.workers, batches=None)
         if isinstance(make_example, MakesRows):
             rows = make_example.rows(source, seed, config.threads, cache_dir)
+            _check_same_table(rows.table)
         else:
             rows = TrainRows(source, make_example, seed)
         self.position, self.batch_size = start_position, batch_size
@@ -159,6 +161,23 @@ class TrainLoader:
     def close(self) -> None:
         """Stops threads and worker processes; the loader can't be used afterwards."""
         self._stream.close()
+
+
+def _check_same_table(digest: str) -> None:
+    """Raises `ConfigError` where processes that look at the data by themselves find different things: their rows would.
+
+    All processes must call it together.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(digest.encode().ljust(64), np.uint8)
+    others = multihost_utils.process_allgather(mine)
+    differing = np.flatnonzero((others != others[:1]).any(axis=1))
+    if len(differing):
+        raise ConfigError(
+            f"process {differing[0]} found other lengths of the conversations of config.data.source than process 0: a "
+            "file is missing there, or another one; give all processes the same data"
+        )
 
 
 class _Stream:

@@ -41,6 +41,8 @@ class MakeRow(Protocol):
 
     known_failures: tuple[Failure, ...]
     """Records that can't be used and are known before the first row is made; no row tries them again."""
+    table: str
+    """A digest of what was found out beforehand and decides the rows; empty where nothing was."""
 
     def __call__(self, position: int) -> Row:
         """The example, and the records that had to be replaced or left out to get it."""
@@ -72,6 +74,7 @@ class TrainRows:
         seed: of the run.
         order: the walk through the source; None: `order_of`.
         known_failures: records that can't be used, which this walk leaves out.
+        table: digest of what the order was made from, if of more than its seed.
     """
 
     def __init__(
@@ -81,10 +84,11 @@ class TrainRows:
         seed: int,
         order: Order | None = None,
         known_failures: tuple[Failure, ...] = (),
+        table: str = "",
     ):
         self.source, self.make_example, self.seed = source, make_example, seed
         self.order = order_of(source, seed) if order is None else order
-        self.known_failures = known_failures
+        self.known_failures, self.table = known_failures, table
 
     def __call__(self, position: int) -> Row:
         """The example, and the records that had to be replaced to get it."""
