@@ -281,6 +281,7 @@ def test_lengths_are_measured_once_and_again_when_something_changed(maker, tmp_p
     for field in dataclasses.fields(first):
         a, b = getattr(first, field.name), getattr(again, field.name)
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+    measure(Unread(), with_config(maker, packing="balanced", padding="left"), 2, cache)  # changes no length
     measure(source, with_config(maker, row_length=100), 2, cache)
     (tmp_path / "mix.json").write_text((tmp_path / "mix.json").read_text() + " ")
     measure(source, maker, 2, cache)
@@ -383,3 +384,25 @@ def test_published_recipes_and_refused_settings():
 def test_too_many_tiles_are_named(maker):
     with pytest.raises(BadRecord, match=r"record r1 .* its 4 images make 4 tiles, and a row holds 3"):
         maker(record("<image>" * 4, "a", images=4), None)
+
+
+def test_an_image_too_narrow_is_named(maker):
+    thin = grey(1, 10000)
+    with pytest.raises(
+        BadRecord, match=r"record r1 of mix\.json can't be used: the image of 10000x1 pixels is too narrow"
+    ):
+        maker(record("<image> a", "b", images=(thin,)), None)
+    split = ChatExamples(nanovlm_tokenizer(), nanovlm_config(row_length=512, max_tiles=5), 16, 4)
+    row = split(record("a", "b", images=(thin,)), None)
+    assert int(row["tile_count"]) == 5  # the whole image, and four tiles side by side
+
+
+def test_captions_are_conversations_of_one_round(maker):
+    source = ShapesConfig(count=20, image_size=32).build("")
+    row = with_config(maker, template="plain_eos")(source[3], None)
+    learned = maker.writer.vocabulary.tokenizer.encoder.decode(row["text"][row["supervised"]].tolist())
+    assert learned.strip() == source[3]["texts"][0] and int(row["tile_count"]) == 1
+    with pytest.raises(BadRecord, match="it has no caption"):
+        maker({**source[3], "texts": ()}, None)
+    start = ChatExamples(nanovlm_tokenizer(), nanovlm_config(row_length=512, max_tiles=17), 16, 4)
+    assert int(start(source[3], None)["tile_count"]) == 17

@@ -14,6 +14,7 @@ L tokens and T tiles to a row; the model makes K features of a tile of S x S pix
 `tile_slots[b, l]` of the features of row b, [T * K, D]. Nothing is counted off or scattered at run time.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from vlm_jax.data.chat import ChatWriter, Document
 from vlm_jax.data.chat_config import ChatConfig
 from vlm_jax.data.chat_rows import PackedRows, chat_rows
 from vlm_jax.data.examples import Example
-from vlm_jax.data.packing import Padding, lay_out
+from vlm_jax.data.packing import WINDOW, Padding, lay_out
 from vlm_jax.data.rows import TrainRows
 from vlm_jax.data.sources.base import BadRecord, Record, Source
 from vlm_jax.data.text import Tokenizer
@@ -141,5 +142,9 @@ class ChatExamples:
         """A digest of all that decides the length of a record's document."""
         tokenizer = self.writer.vocabulary.tokenizer.state()
         sizes = self.writer.tile_size, self.writer.tokens_per_tile
-        parts = json.dumps([tokenizer, schema.to_dict(self.config), sizes], sort_keys=True)
+        # Which rows the documents then go to doesn't change them.
+        config = dataclasses.replace(
+            self.config, padding="right", packing="none", isolation="document", window=WINDOW, group=0
+        )
+        parts = json.dumps([tokenizer, schema.to_dict(config), sizes], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()

@@ -36,7 +36,15 @@ class ChatTemplate:
     reads_user_text: bool = True
 
 
-_IM = ("<|im_start|>", "<|im_end|>")
+_CHATML = ChatTemplate(
+    system="<|im_start|>system\n{}<|im_end|>\n",
+    user="<|im_start|>user\n{}<|im_end|>\n",
+    prompt="<|im_start|>assistant\n",
+    answer="{}<|im_end|>",
+    after="\n",
+    specials=("<|im_start|>", "<|im_end|>"),
+)
+_SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 TEMPLATES = {
     # LLaVA-1.5 instruction tuning (Vicuna v1.1)
@@ -63,39 +71,10 @@ TEMPLATES = {
         prompt="",
         answer=" {} {eos}",
     ),
-    # nanoVLM's template for SmolLM2: no system message, and the line feed after the end token is learned too
-    "nanovlm": ChatTemplate(
-        system="<|im_start|>system\n{}<|im_end|>\n",
-        user="<|im_start|>user\n{}<|im_end|>\n",
-        prompt="<|im_start|>assistant\n",
-        answer="{}<|im_end|>\n",
-        specials=_IM,
-    ),
-    "chatml": ChatTemplate(
-        system="<|im_start|>system\n{}<|im_end|>\n",
-        user="<|im_start|>user\n{}<|im_end|>\n",
-        prompt="<|im_start|>assistant\n",
-        answer="{}<|im_end|>",
-        after="\n",
-        specials=_IM,
-    ),
-    "smollm2": ChatTemplate(
-        system="<|im_start|>system\n{}<|im_end|>\n",
-        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-        user="<|im_start|>user\n{}<|im_end|>\n",
-        prompt="<|im_start|>assistant\n",
-        answer="{}<|im_end|>",
-        after="\n",
-        specials=_IM,
-    ),
-    "qwen": ChatTemplate(
-        system="<|im_start|>system\n{}<|im_end|>\n",
-        default_system="You are a helpful assistant.",
-        user="<|im_start|>user\n{}<|im_end|>\n",
-        prompt="<|im_start|>assistant\n",
-        answer="{}<|im_end|>",
-        after="\n",
-        specials=_IM,
-    ),
+    "chatml": _CHATML,
+    "smollm2": dataclasses.replace(_CHATML, default_system=_SMOLLM2_SYSTEM),
+    "qwen": dataclasses.replace(_CHATML, default_system="You are a helpful assistant."),
+    # SmolLM2 in nanoVLM: no system message, and the line feed after the end token is learned too
+    "nanovlm": dataclasses.replace(_CHATML, answer="{}<|im_end|>\n", after=""),
 }
 """The templates by name."""
