@@ -14,12 +14,12 @@ from conversations import (
     record,
 )
 
-from vlm_jax.data.chat import CUT, ChatWriter
+from vlm_jax.data.chat import CUT, NO_SYSTEM, ChatWriter
 from vlm_jax.data.chat_config import ChatConfig
 from vlm_jax.data.chat_templates import TEMPLATES
 from vlm_jax.data.rounds import LEADING, REMOVED, TRAILING, ImagePlaces
 from vlm_jax.data.sources.base import BadRecord
-from vlm_jax.data.sources.chats import read_turns
+from vlm_jax.data.sources.chats import Turn, read_turns
 from vlm_jax.data.text import HfTokenizerConfig, SentencePieceConfig, build_tokenizer
 from vlm_jax.data.tiles import NO_SLOT, AnyresTiling, SplitTiling, SquareTiling
 from vlm_jax.schema import ConfigError, _hints
@@ -218,6 +218,12 @@ def test_what_is_left_out_of_a_conversation_is_noted():
     trailing = llava_writer().document(record("yes?", "no.", "and?"))
     assert trailing.notes == (TRAILING,)
     np.testing.assert_array_equal(trailing.ids, leading.ids)
+    told = record("<image>", "a cat", images=1)
+    told["turns"] = (Turn("system", "be brief"), *told["turns"])
+    plain = llava_writer("plain").document(told)
+    assert plain.notes == (NO_SYSTEM,)
+    np.testing.assert_array_equal(plain.ids, llava_writer("plain").document(record("<image>", "a cat", images=1)).ids)
+    assert llava_writer().document(told).notes == ()
     removed = nanovlm_writer().document(record("a <|image|> b", "c", images=1))
     assert removed.notes == (REMOVED,)
 

@@ -397,6 +397,12 @@ def test_an_image_too_narrow_is_named(maker):
     assert int(row["tile_count"]) == 5  # the whole image, and four tiles side by side
 
 
+def test_an_image_of_another_size_than_its_header_says_is_named():
+    split = ChatExamples(nanovlm_tokenizer(), nanovlm_config(row_length=512, max_tiles=17), 16, 4)
+    with pytest.raises(BadRecord, match=r"record r1 .* makes 17 tiles, and 5 by the size in the file's header"):
+        split(record("a", "b", images=(dataclasses.replace(grey(16, 16), height=1, width=200),)), None)
+
+
 def test_captions_are_conversations_of_one_round(maker):
     source = ShapesConfig(count=20, image_size=32).build("")
     row = with_config(maker, template="plain_eos")(source[3], None)

@@ -6,6 +6,7 @@ A conversation that can't be used raises `BadRecord`. How pixels become tiles is
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -21,8 +22,9 @@ from vlm_jax.data.tiles import NO_SLOT, TilePlan, Tiling
 from vlm_jax.schema import ConfigError
 
 CUT = "the end was cut off, the row was full"
-ImagePiece = str | int | tuple[np.ndarray, int]
-"""A text, the id of a marker token, or slots of features and the id that stands in their places."""
+NO_SYSTEM = "the system message was left out, the template has no place for one"
+ImagePiece = int | tuple[np.ndarray, int]
+"""The id of a marker token, or slots of features and the id that stands in their places."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +115,7 @@ class _Pieces:
 
     def image(self, pieces: Sequence[ImagePiece]) -> None:
         for piece in pieces:
-            if isinstance(piece, str):
-                self.text(piece, False)
-            elif isinstance(piece, int):
+            if isinstance(piece, int):
                 self.special(piece, False)
             else:
                 self._flush()
@@ -225,7 +225,9 @@ class ChatWriter:
             notes = (*notes, REMOVED)
         plans = [self.tiling.plan(*self._size(image, record), self.tile_size, self.tokens_per_tile) for image in images]
         pieces = _Pieces(self.vocabulary)
-        written = [self._image_pieces(plans, number, record) for number in range(len(images))]
+        firsts = itertools.accumulate((plan.tiles for plan in plans), initial=0)
+        written = [self._image_pieces(plan, first, record) for plan, first in zip(plans, firsts, strict=False)]
+        labelled = bool(self.places.label) and len(images) > 1
 
         def write(name: str, message: Sequence[str | int], learned: bool) -> None:
             for part in self._parts[name]:
@@ -236,11 +238,15 @@ class ChatWriter:
                 for item in message if part is None else ():
                     if isinstance(item, str):
                         pieces.text(item, learned)
-                    else:
-                        pieces.image(written[item])
+                        continue
+                    if labelled:
+                        pieces.text(self.places.label.format(item), False)
+                    pieces.image(written[item])
 
         write("start", [], False)
-        system = system or self.template.default_system
+        if system and not self.template.system:
+            notes = (*notes, NO_SYSTEM)
+        system = (system or self.template.default_system) if self.template.system else ""
         if system and not self.template.system_in_user:
             write("system", [system], False)
         for number, (question, answer) in enumerate(messages):
@@ -255,17 +261,15 @@ class ChatWriter:
                 write("after", [], False)
         return Document(*pieces.arrays(), images, tuple(plan.tiles for plan in plans), notes)
 
-    def _image_pieces(self, plans: Sequence[TilePlan], number: int, record: Record) -> list[ImagePiece]:
-        """What stands for image `number`: its label, ids of marker tokens, and slots of the document."""
-        label = self.places.label.format(number) if len(plans) > 1 else ""
-        pieces: list[ImagePiece] = [label] if label else []
-        shift = sum(plan.tiles for plan in plans[:number]) * self.tokens_per_tile
-        for piece in plans[number].pieces:
-            if isinstance(piece, str):
-                pieces.append(self._marker(piece, record))
-            else:
-                pieces.append((np.where(piece >= 0, piece + shift, piece), self.image_id))
-        return pieces
+    def _image_pieces(self, plan: TilePlan, first_tile: int, record: Record) -> list[ImagePiece]:
+        """What stands for an image: ids of marker tokens, and slots of the document."""
+        shift = first_tile * self.tokens_per_tile
+        return [
+            self._marker(piece, record)
+            if isinstance(piece, str)
+            else (np.where(piece >= 0, piece + shift, piece), self.image_id)
+            for piece in plan.pieces
+        ]
 
     def cut(self, document: Document, length: int, record: Record) -> Document:
         """The document without what lies beyond `length` tokens, nor the images of which nothing is left.
@@ -294,11 +298,14 @@ class ChatWriter:
         """The pixels of a document's images, uint8 [tiles, tile_size, tile_size, 3]; raises `BadRecord`."""
         side = self.tile_size
         parts = [np.zeros((0, side, side, 3), np.uint8)]
-        for image in document.images:
+        for image, tiles in zip(document.images, document.tiles, strict=True):
             try:
                 parts.append(self.tiling.tiles(decode(image.load()), side))
             except ValueError as error:
                 raise BadRecord(record["where"], record["key"], str(error)) from error
+            if len(parts[-1]) != tiles:
+                why = f"its image makes {len(parts[-1])} tiles, and {tiles} by the size in the file's header"
+                raise BadRecord(record["where"], record["key"], f"{why}; write the file again")
         return np.concatenate(parts)
 
     def _size(self, image: StoredImage, record: Record) -> tuple[int, int]:
