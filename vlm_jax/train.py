@@ -121,6 +121,7 @@ class _Run:
             program.mesh,
             int(meta.get("data_position", 0)),
             config.data,
+            index_directory(workdir),
         )
         self.writer = MetricWriter(workdir, is_primary=self.is_primary)
         self.ledger.carry_over(self.writer.truncate_after(self.step), self.step)

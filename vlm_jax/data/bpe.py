@@ -127,6 +127,10 @@ class ClipBpe:
             word = merged
         return [self._ids[symbol] for symbol in word]
 
+    def special_id(self, token: str) -> int:
+        """The id of the start or end token by its name, -1 for any other."""
+        return {"<|startoftext|>": self.bos_id, "<|endoftext|>": self.eos_id}.get(token, -1)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens vanish, bytes that are no UTF-8 become U+FFFD."""
         bytes_of = {symbol: byte for byte, symbol in byte_symbols().items()}

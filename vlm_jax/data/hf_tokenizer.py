@@ -48,6 +48,8 @@ class HfTokenizer:
             raise ConfigError(f"the tokenizer can't be read as a {FILE_NAME} ({error}); fetch it again") from None
         found = {role: self._find(role, name, vocabulary) for role, name in self.names.items()}
         ids = {role: vocabulary[token] if token else -1 for role, token in found.items()}
+        self._special = {t.content: i for i, t in self._reader.get_added_tokens_decoder().items() if t.special}
+        self._special |= {token: vocabulary[token] for token in found.values() if token}
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], max(0, ids["pad"])
         disguised = _disguise(json.loads(self.model), {token for token in found.values() if token})
@@ -76,6 +78,10 @@ class HfTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, special tokens excluded."""
         return self._writer.encode(text.replace(_MARK, ""), add_special_tokens=False).ids
+
+    def special_id(self, token: str) -> int:
+        """The id of a special token, -1 where the vocabulary has none of this name."""
+        return self._special.get(token, -1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens vanish."""

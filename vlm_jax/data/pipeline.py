@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from vlm_jax.data.bad_records import BadRecordAccount, Failure
+from vlm_jax.data.chat_config import ChatConfig
 from vlm_jax.data.examples import Example, MakeExample
 from vlm_jax.data.images import AugmentConfig, PreprocessConfig
-from vlm_jax.data.rows import EvalRows, HostBatch, Schedule, TrainRows, host_batches
+from vlm_jax.data.rows import EvalRows, HostBatch, MakesRows, Schedule, TrainRows, host_batches
 from vlm_jax.data.sources import DigitsConfig, Source, SourceConfig, source_at
 from vlm_jax.data.text import ClipBpeConfig, TokenizerConfig
 from vlm_jax.mesh import batch_sharding
@@ -43,6 +45,8 @@ class DataConfig:
     preprocess: PreprocessConfig = dataclasses.field(default_factory=PreprocessConfig)
     # random view of training; None trains on the evaluation view
     augment: AugmentConfig | None = dataclasses.field(default_factory=AugmentConfig)
+    # conversations to rows, for methods that read them
+    chat: ChatConfig | None = None
     # captions to ids
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=ClipBpeConfig)
     # worker processes that decode; 0 decodes on threads of the training process
@@ -124,13 +128,19 @@ class TrainLoader:
         mesh: Mesh,
         start_position: int,
         config: DataConfig,
+        cache_dir: str = "",
     ):
         layout = _Layout(mesh, batch_size)
         schedule = Schedule(start_position, batch_size, layout.rows, config.threads, config.workers, batches=None)
-        rows = TrainRows(source, make_example, seed)
-        dataset = host_batches(rows, schedule, config.prefetch)
+        if isinstance(make_example, MakesRows):
+            rows = make_example.rows(source, seed, config.threads, cache_dir)
+            _check_same_table(rows.table)
+        else:
+            rows = TrainRows(source, make_example, seed)
         self.position, self.batch_size = start_position, batch_size
         self._account = BadRecordAccount(len(source), config.bad_record_budget)
+        self._account.add(rows.known_failures)
+        dataset = host_batches(rows, schedule, config.prefetch)
         self._stream = _Stream(dataset, layout)
 
     @property
@@ -151,6 +161,23 @@ class TrainLoader:
     def close(self) -> None:
         """Stops threads and worker processes; the loader can't be used afterwards."""
         self._stream.close()
+
+
+def _check_same_table(digest: str) -> None:
+    """Raises `ConfigError` where processes that look at the data by themselves find different things: their rows would.
+
+    All processes must call it together.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(digest.encode().ljust(64), np.uint8)
+    others = multihost_utils.process_allgather(mine)
+    differing = np.flatnonzero((others != others[:1]).any(axis=1))
+    if len(differing):
+        raise ConfigError(
+            f"process {differing[0]} found other lengths of the conversations of config.data.source than process 0: a "
+            "file is missing there, or another one; give all processes the same data"
+        )
 
 
 class _Stream:

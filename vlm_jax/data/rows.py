@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -22,7 +23,7 @@ from vlm_jax.data.sources.mixture import MixtureSource
 
 Row = tuple[Example, list[Failure]]
 HostBatch = tuple[Example, list[Failure]]
-_MAX_ATTEMPTS = 64  # with half of all records unusable, that many failures in a row never happen
+MAX_ATTEMPTS = 64  # with half of all records unusable, that many failures in a row never happen
 _ENDLESS = 1 << 56
 _CHUNKS_PER_THREAD = 4
 
@@ -35,24 +36,71 @@ def order_of(source: Source, seed: int) -> Order:
     return Interleaved(orders, [len(part) for part in source.sources], source.weights)
 
 
-class TrainRows:
-    """The row at a position of a training run: a pure function of (seed, position)."""
+class MakeRow(Protocol):
+    """The row at a position of a run: a pure function of the position. Picklable and safe in threads."""
 
-    def __init__(self, source: Source, make_example: MakeExample, seed: int):
+    known_failures: tuple[Failure, ...]
+    """Records that can't be used and are known before the first row is made; no row tries them again."""
+    table: str
+    """A digest of what was found out beforehand and decides the rows; empty where nothing was."""
+
+    def __call__(self, position: int) -> Row:
+        """The example, and the records that had to be replaced or left out to get it."""
+        ...
+
+
+@runtime_checkable
+class MakesRows(Protocol):
+    """A `MakeExample` that knows better than one record to a row, or than a random order."""
+
+    def rows(self, source: Source, seed: int, threads: int, cache_dir: str) -> MakeRow:
+        """The rows of a training run.
+
+        Args:
+            source: the records.
+            seed: of the run.
+            threads: threads to look at the records beforehand, if that is needed.
+            cache_dir: folder where what was found out is kept; empty: nowhere.
+        """
+        ...
+
+
+class TrainRows:
+    """The row at a position of a training run: a pure function of (seed, position).
+
+    Args:
+        source: the records.
+        make_example: record -> row.
+        seed: of the run.
+        order: the walk through the source; None: `order_of`.
+        known_failures: records that can't be used, which this walk leaves out.
+        table: digest of what the order was made from, if of more than its seed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        make_example: MakeExample,
+        seed: int,
+        order: Order | None = None,
+        known_failures: tuple[Failure, ...] = (),
+        table: str = "",
+    ):
         self.source, self.make_example, self.seed = source, make_example, seed
-        self.order = order_of(source, seed)
+        self.order = order_of(source, seed) if order is None else order
+        self.known_failures, self.table = known_failures, table
 
     def __call__(self, position: int) -> Row:
         """The example, and the records that had to be replaced to get it."""
         failures = []
         index = self.order.index(position)
-        for attempt in range(1, _MAX_ATTEMPTS + 1):
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 return self.make_example(self.source[index], example_rng(self.seed, position)), failures
             except BadRecord as error:
                 failures.append(Failure.of(index, error))
                 index = self.order.substitute(position, attempt)
-        drawn = f"none of {_MAX_ATTEMPTS} records drawn one after the other, of {len(self.source)} in all,"
+        drawn = f"none of {MAX_ATTEMPTS} records drawn one after the other, of {len(self.source)} in all,"
         raise none_usable(failures, drawn)
 
 
@@ -121,7 +169,7 @@ class Schedule:
 class _MakeRows:
     """The rows of a chunk."""
 
-    def __init__(self, make_row: TrainRows | EvalRows):
+    def __init__(self, make_row: MakeRow | EvalRows):
         self.make_row = make_row
 
     def __call__(self, positions: Sequence[int]) -> list[Row]:
@@ -135,7 +183,7 @@ def collate(chunks: Sequence[Sequence[Row]]) -> HostBatch:
     return batch, [failure for _, failures in rows for failure in failures]
 
 
-def host_batches(make_row: TrainRows | EvalRows, schedule: Schedule, prefetch: int) -> Iterable[HostBatch]:
+def host_batches(make_row: MakeRow | EvalRows, schedule: Schedule, prefetch: int) -> Iterable[HostBatch]:
     """This process's part of each batch, as (arrays [rows, ...], failures); its iterator has a `close`.
 
     Args:

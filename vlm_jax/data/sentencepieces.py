@@ -45,6 +45,12 @@ class SentencePieces:
         """Ids of a text, special tokens excluded."""
         return self._writer.encode(text)
 
+    def special_id(self, token: str) -> int:
+        """The id of a control token or a user-defined symbol, -1 where the model has none of this name."""
+        found = self._reader.piece_to_id(token)
+        known = self._reader.id_to_piece(found) == token
+        return found if known and self._writer.is_control(found) else -1
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control tokens vanish."""
         return self._reader.decode([int(i) for i in ids])

@@ -1,7 +1,7 @@
 """Texts to rows of token ids: the runtime tokenizer, its conventions and its configs.
 
 `bpe`, `sentencepieces` and `hf_tokenizer` turn one text into ids; here are context length, start and end tokens,
-padding and truncation, and what a checkpoint stores. Chat templates are not here.
+padding and truncation, and what a checkpoint stores. Conversations are `chat`'s business.
 """
 
 import base64
@@ -120,6 +120,10 @@ class Encoder(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
+        ...
+
+    def special_id(self, token: str) -> int:
+        """The id of a special token by its name, -1 where there is none."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,3 +1,4 @@
+import collections
 import pickle
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from vlm_jax import schema
 from vlm_jax.data.sources import ShapesConfig
 from vlm_jax.data.sources.shapes import COLORS, POSITIONS, SHAPES, SIZES
+from vlm_jax.data.sources.shapes_chat import KINDS, NUMBERS, QUESTIONS
 from vlm_jax.schema import ConfigError
 
 
@@ -91,3 +93,100 @@ def test_impossible_scenes_are_refused():
     ):
         with pytest.raises(ConfigError, match=f"source.{key} "):
             schema.validate(config, "config.data.source")
+
+
+def chats(**options):
+    return ShapesConfig(conversations=KINDS, **{"count": 600, "image_size": 48, **options}).build("")
+
+
+def test_conversations_are_a_pure_function_of_seed_split_and_index():
+    source, longer = chats(max_rounds=3), chats(max_rounds=3, count=9000)
+    copy = pickle.loads(pickle.dumps(source))
+    test, other = chats(max_rounds=3, split="test"), chats(max_rounds=3, seed=1)
+    for index in (599, 4, 31):
+        record = source[index]
+        for same in (longer[index], copy[index], source[index]):
+            assert record["turns"] == same["turns"]
+            for one, another in zip(record["images"], same["images"], strict=True):
+                np.testing.assert_array_equal(one.load(), another.load())
+    for elsewhere in (test, other):
+        assert sum(source[i]["turns"] == elsewhere[i]["turns"] for i in range(200)) < 20
+    assert {source[i]["kind"] for i in range(200)} == set(KINDS)
+    assert not chats(max_objects=1).class_names
+
+
+def what_is_there(image):
+    """Position -> (colour, area) of the objects of a picture, found in its pixels."""
+    image = image.astype(int)
+    cell, ground, found = len(image) // 3, image[0, 0], {}
+    for number, position in enumerate(POSITIONS):
+        row, column = divmod(number, 3)
+        part = image[cell * row : cell * row + cell, cell * column : cell * column + cell]
+        occupied = (np.abs(part - ground).sum(-1) > 60).sum()
+        if occupied:
+            centre = part[cell // 2 - 1 : cell // 2 + 1, cell // 2 - 1 : cell // 2 + 1].mean((0, 1))
+            found[position] = min(COLORS, key=lambda name: np.abs(centre - COLORS[name]).sum())
+    return found
+
+
+def test_answers_are_what_the_pictures_show():
+    """Every question is answered from the pixels alone, but for shapes, whose answers are the scene's."""
+    source, asked = chats(max_rounds=1, count=400), dict.fromkeys(KINDS, 0)
+    for index in range(400):
+        record = source[index]
+        kind, question, answer = record["kind"], record["turns"][0].text, record["answer"]
+        asked[kind] += 1
+        pictures = [what_is_there(image.load()) for image in record["images"]]
+        assert question.count("<image>") == len(pictures) == {"text": 0, "more": 2, "compare": 2}.get(kind, 1)
+        place = question.rpartition(" in the ")[2].rstrip("?")
+        if kind == "color":
+            assert pictures[0][place] == answer
+        elif kind == "compare":
+            assert pictures["In the second picture" in question][place] == answer
+            assert place in pictures[0] and place in pictures[1]
+        elif question.endswith("How many objects are there?"):
+            assert NUMBERS[len(pictures[0])] == answer
+        elif kind == "position":
+            assert pictures[0][answer] in question
+        elif kind == "more":
+            first, second = map(len, pictures)
+            assert answer == ("same" if first == second else "first" if first > second else "second")
+        elif kind == "text":
+            a, b = (NUMBERS.index(word.rstrip("?")) for word in question.split() if word.rstrip("?") in NUMBERS)
+            assert NUMBERS[a + b] == answer
+        elif kind == "shape":
+            scene = ShapesConfig(count=400, image_size=48).build("")[index]["scene"]
+            assert answer == next(item["shape"] for item in scene if item["position"] == place)
+        else:
+            assert answer == ShapesConfig(count=400).build("").texts(index)[0]
+    assert min(asked.values()) > 20
+
+
+def test_answers_cannot_be_guessed_from_the_questions():
+    """The best answer to each first question, known from 20,000 others, is right as often as chance allows."""
+    train, test = (chats(count=20000, split=split, max_rounds=1) for split in ("train", "test"))
+    answers = {}
+    for index in range(20000):
+        record = train[index]
+        if record["kind"] in QUESTIONS:
+            answers.setdefault(record["turns"][0].text, collections.Counter())[record["answer"]] += 1
+    right = collections.defaultdict(list)
+    for index in range(6000):
+        record = test[index]
+        if record["kind"] in QUESTIONS:
+            known = answers.get(record["turns"][0].text)
+            guess = known.most_common(1)[0][0] if known else ""
+            right[record["kind"]].append(guess == record["answer"])
+    chance = {"color": 1 / 8, "shape": 1 / 6, "count": 1 / 3, "position": 1 / 9, "more": 1 / 3, "compare": 1 / 8}
+    for kind, hits in right.items():
+        assert np.mean(hits) < chance[kind] + 4 * np.sqrt(chance[kind] / len(hits)), kind
+    assert np.mean([hit for hits in right.values() for hit in hits]) < 0.23
+
+
+def test_conversations_that_cannot_be_made_are_refused():
+    for changes, key in (
+        ({"conversations": ("more",), "max_objects": 1}, "conversations"),
+        ({"max_rounds": 0}, "max_rounds"),
+    ):
+        with pytest.raises(ConfigError, match=f"source.{key} "):
+            schema.validate(ShapesConfig(**changes), "config.data.source")

@@ -278,3 +278,27 @@ def test_source_is_picklable_and_long_names_work(tmp_path):
     copy = pickle.loads(pickle.dumps(source))
     assert copy[0] == source[0]
     assert copy[0]["key"] == name
+
+
+def test_conversations_with_no_image_one_and_several(tmp_path):
+    def turns(text):
+        return json.dumps({"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a"}]}).encode()
+
+    members = [
+        *(("0000.json", turns("no image")), ("0001.png", png(1)), ("0001.json", turns("<image> one"))),
+        *((f"0002.{n}.png", png(20 + n)) for n in (10, 2, 1)),
+        ("0002.json", turns("<image><image><image>")),
+        ("0003.png", png(3)),
+        ("0004.json", b"[1]"),
+    ]
+    path, cache = write_shard(tmp_path / "a.tar", members), str(tmp_path / "cache")
+    for _ in range(2):  # the second time from the index that was kept
+        source = pickle.loads(pickle.dumps(TarConfig(path=path, json_chat_key="conversations").build(cache)))
+        assert [source[i]["turns"][0].text for i in range(3)] == ["no image", "<image> one", "<image><image><image>"]
+        assert [[image.load() for image in source[i]["images"]] for i in range(3)] == [
+            [], [png(1)], [png(21), png(22), png(30)],
+        ]  # fmt: skip
+        assert source.texts(1) == ("<image> one", "a")
+        for index, why in ((3, "it has no json with a conversation"), (4, "its json is a list")):
+            with pytest.raises(BadRecord, match=why):
+                source[index]

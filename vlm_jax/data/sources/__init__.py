@@ -8,7 +8,9 @@ from vlm_jax.data.sources.array_record import ArrayRecordConfig
 from vlm_jax.data.sources.base import BadRecord, Record, Source, SourceConfig, keys_at
 from vlm_jax.data.sources.class_folders import ClassFoldersConfig, class_folders, image_files
 from vlm_jax.data.sources.digits import DigitsConfig
+from vlm_jax.data.sources.llava_json import LlavaJsonConfig
 from vlm_jax.data.sources.mixture import MixtureConfig, MixturePart
+from vlm_jax.data.sources.parquet import ParquetConfig
 from vlm_jax.data.sources.shapes import ShapesConfig
 from vlm_jax.data.sources.tables import CsvConfig, JsonlConfig
 from vlm_jax.data.sources.tar import TarConfig
@@ -24,6 +26,8 @@ KINDS: dict[str, type[Any]] = {
     "tfds": TfdsConfig,
     "array_record": ArrayRecordConfig,
     "class_folders": ClassFoldersConfig,
+    "llava_json": LlavaJsonConfig,
+    "parquet": ParquetConfig,
     "mixture": MixtureConfig,
 }
 
@@ -37,6 +41,10 @@ def source_for_path(path: str) -> SourceConfig:
     lower = path.lower()
     if lower.endswith(".jsonl"):
         return JsonlConfig(path=path)
+    if lower.endswith(".json"):
+        return LlavaJsonConfig(path=path)
+    if lower.endswith(".parquet"):
+        return ParquetConfig(path=path)
     if lower.endswith((".csv", ".tsv")):
         return CsvConfig(path=path)
     if os.path.isdir(path):
@@ -81,18 +89,20 @@ def _source_for_folder(path: str) -> SourceConfig:
         return TarConfig(path=path)
     if "dataset_info.json" in names:
         return TfdsConfig(path=path)
+    if any(name.endswith(".parquet") for name in names):
+        return ParquetConfig(path=path)
     if any("array_record" in name for name in names):
         return ArrayRecordConfig(path=path)
     if any(True for folder in class_folders(path) for _ in image_files(path, folder)):
         return ClassFoldersConfig(path=path)
-    raise _unknown(path, "a folder without *.tar, *.array_record or class folders with images")
+    raise _unknown(path, "a folder without *.tar, *.array_record, *.parquet or class folders with images")
 
 
 def _unknown(path: str, what: str) -> ConfigError:
     return ConfigError(
         f"config.data.source.path = {path!r} is {what}; give tar shards (folder, glob, or shard-{{000..009}}.tar), "
-        "a .jsonl, .csv or .tsv file, *.array_record files, a folder with a folder per class, or set "
-        "config.data.source to a kind and its own keys"
+        "a .jsonl, .csv or .tsv file, *.array_record files, a folder with a folder per class, a .json or *.parquet of "
+        "conversations, or set config.data.source to a kind and its own keys"
     )
 
 
@@ -104,8 +114,10 @@ __all__ = [
     "CsvConfig",
     "DigitsConfig",
     "JsonlConfig",
+    "LlavaJsonConfig",
     "MixtureConfig",
     "MixturePart",
+    "ParquetConfig",
     "Record",
     "ShapesConfig",
     "Source",

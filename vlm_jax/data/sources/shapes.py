@@ -1,10 +1,11 @@
 """Drawn scenes of coloured shapes with captions that say all there is to see. They need no files.
 
-A record is a pure function of (seed, split, index). Its `scene` lists the objects, for questions and answers about
-them. This is a test bed with known truth, not a benchmark.
+A record is a pure function of (seed, split, index). Its `scene` lists the objects; `shapes_chat` makes conversations
+about them. This is a test bed with known truth, not a benchmark.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -12,8 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlm_jax.data.order import example_rng
+from vlm_jax.data.order import example_rng, subseed
+from vlm_jax.data.sources import shapes_chat
 from vlm_jax.data.sources.base import Record, SourceConfig
+from vlm_jax.data.sources.chats import DrawnImage, StoredImage, message_texts
+from vlm_jax.data.sources.shapes_chat import Conversation, Kind, Scene
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLORS = {
@@ -52,6 +56,10 @@ class ShapesConfig(SourceConfig):
     max_objects: int = 3
     # seed of the scenes; not the run's seed, which orders them
     seed: int = 0
+    # kinds of conversations about the scenes, each as likely as every other; empty: captions without conversation
+    conversations: tuple[Kind, ...] = ()
+    # questions in a conversation about one scene: from 1 to this many
+    max_rounds: int = 1
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Sizes and counts that can't be drawn."""
@@ -59,6 +67,10 @@ class ShapesConfig(SourceConfig):
             yield "count", f"= {self.count} leaves no record; use 1 or more"
         if self.image_size < 16:
             yield "image_size", f"= {self.image_size} is too small to tell the shapes apart; use 16 or more"
+        if self.max_rounds < 1:
+            yield "max_rounds", f"= {self.max_rounds} leaves no question; use 1 or more"
+        if "more" in self.conversations and self.min_objects == self.max_objects:
+            yield "conversations", "holds 'more', but all scenes have as many objects; raise max_objects"
         if not 1 <= self.min_objects <= self.max_objects <= len(POSITIONS):
             yield (
                 "min_objects",
@@ -82,7 +94,7 @@ class ShapesSource:
     def __init__(self, config: ShapesConfig):
         self.config = config
         names = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
-        self.class_names: tuple[str, ...] = names if config.max_objects == 1 else ()
+        self.class_names: tuple[str, ...] = names if config.max_objects == 1 and not config.conversations else ()
 
     def __len__(self) -> int:
         return self.config.count
@@ -90,8 +102,11 @@ class ShapesSource:
     def __getitem__(self, index: int) -> Record:
         """The scene; `scene` is a list of dicts with `shape`, `color`, `size`, `position`, in reading order.
 
-        `label` is there in scenes of one object.
+        `label` is there in scenes of one object. With `conversations` it has `turns`, `images`, `answer` and `kind`
+        instead, and images are drawn when they are needed.
         """
+        if self.config.conversations:
+            return self._chat(index)
         rng, scene = self._scene(index)
         record: Record = {
             "image": _draw(scene, self.config.image_size, rng),
@@ -105,33 +120,91 @@ class ShapesSource:
         return record
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """The captions, without drawing."""
+        """The captions, or the messages, without drawing."""
+        if self.config.conversations:
+            return message_texts(self._conversation(index).turns)
         return _captions(self._scene(index)[1])
 
-    def _scene(self, index: int) -> tuple[np.random.Generator, list[dict[str, str]]]:
+    def fingerprint(self) -> str:
+        """Of the config: it is all there is."""
+        return repr(self.config)
+
+    def picture(self, index: int) -> np.ndarray:
+        """The image of a record, uint8 [image_size, image_size, 3]."""
+        rng, scene = self._scene(index)
+        return _draw(scene, self.config.image_size, rng)
+
+    def _chat(self, index: int) -> Record:
+        conversation, size = self._conversation(index), self.config.image_size
+        if conversation.others:
+            images: list[StoredImage] = [
+                DrawnImage(functools.partial(self._draw_other, scene, index, number), size, size)
+                for number, scene in enumerate(conversation.others)
+            ]
+        else:
+            images = [DrawnImage(functools.partial(self.picture, index), size, size)] * conversation.needs_image
+        return {
+            "turns": conversation.turns,
+            "images": tuple(images),
+            "texts": message_texts(conversation.turns),
+            "answer": conversation.turns[-1].text,
+            "kind": conversation.kind,
+            "key": f"{self.config.split}-{index:06d}",
+            "where": "shapes",
+        }
+
+    def _conversation(self, index: int) -> Conversation:
+        _, scene = self._scene(index)
+        config = self.config
+        rng = self._rng(index, 1)
+        kind = config.conversations[int(rng.integers(len(config.conversations)))]
+        if kind == "caption":
+            return shapes_chat.caption(_captions(scene)[0], rng)
+        if kind == "text":
+            return shapes_chat.text_only(rng)
+        if kind == "more":
+            return shapes_chat.more(rng, config.min_objects, config.max_objects, _random_scene)
+        if kind == "compare":
+            return shapes_chat.compare(rng, config.min_objects, config.max_objects, _random_scene)
+        kinds: list[Kind] = [kind, *(other for other in shapes_chat.ABOUT_ONE if other != kind)]
+        return shapes_chat.questions(rng, scene, kinds, config.max_rounds)
+
+    def _draw_other(self, scene: Scene, index: int, number: int) -> np.ndarray:
+        return _draw(scene, self.config.image_size, self._rng(index, 2 + number))
+
+    def _rng(self, index: int, stream: int) -> np.random.Generator:
+        """Further randomness of a record; stream 0 is that of its scene."""
+        seed = subseed(self.config.seed, stream) if stream else self.config.seed
+        return example_rng(seed, 2 * index + _SPLIT_STREAMS[self.config.split])
+
+    def _scene(self, index: int) -> tuple[np.random.Generator, Scene]:
         if not 0 <= index < self.config.count:
             raise IndexError(f"shapes has {self.config.count} records, no record {index}")
-        rng = example_rng(self.config.seed, 2 * index + _SPLIT_STREAMS[self.config.split])
+        rng = self._rng(index, 0)
         count = int(rng.integers(self.config.min_objects, self.config.max_objects + 1))
-        cells = sorted(rng.choice(len(POSITIONS), size=count, replace=False))
-        return rng, [
-            {
-                "shape": SHAPES[rng.integers(len(SHAPES))],
-                "color": tuple(COLORS)[rng.integers(len(COLORS))],
-                "size": tuple(SIZES)[rng.integers(len(SIZES))],
-                "position": POSITIONS[cell],
-            }
-            for cell in cells
-        ]
+        return rng, _random_scene(rng, count)
 
 
-def _captions(scene: list[dict[str, str]]) -> tuple[str, ...]:
+def _random_scene(rng: np.random.Generator, count: int) -> Scene:
+    cells = sorted(rng.choice(len(POSITIONS), size=count, replace=False))
+    return [
+        {
+            "shape": SHAPES[rng.integers(len(SHAPES))],
+            "color": tuple(COLORS)[rng.integers(len(COLORS))],
+            "size": tuple(SIZES)[rng.integers(len(SIZES))],
+            "position": POSITIONS[cell],
+        }
+        for cell in cells
+    ]
+
+
+def _captions(scene: Scene) -> tuple[str, ...]:
     """The whole scene in words, from the first object to the last and in the opposite order."""
     phrases = [f"a {o['size']} {o['color']} {o['shape']} in the {o['position']}" for o in scene]
     return tuple(dict.fromkeys((" and ".join(phrases), " and ".join(reversed(phrases)))))
 
 
-def _draw(scene: list[dict[str, str]], size: int, rng: np.random.Generator) -> np.ndarray:
+def _draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     """Ground, colours and places vary a little from scene to scene, so that pixels alone don't name a caption."""
     wide = size * _SUPERSAMPLING
     image = Image.new("RGB", (wide, wide), tuple(int(v) for v in rng.integers(215, 256, size=3)))

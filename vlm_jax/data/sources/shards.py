@@ -14,12 +14,13 @@ import numpy as np
 
 from vlm_jax.data.sources.base import PackedStrings
 
-_VERSION = 2
+_VERSION = 3
 _log = logging.getLogger(__name__)
 
 IMAGE, TEXT, JSON, LABEL = range(4)
 PARTS = {"jpg": IMAGE, "jpeg": IMAGE, "png": IMAGE, "webp": IMAGE, "txt": TEXT, "json": JSON, "cls": LABEL}
 _MEMBER = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]+)")
+_NUMBERED = re.compile(r"(\d+)\.(?:jpg|jpeg|png|webp)")  # of several images of a record: 0007.0.jpg, 0007.1.jpg, ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +30,25 @@ class ShardIndex:
     Attributes:
         keys: name of each record: the members' common path up to the first dot of the base name.
         spans: int64 [records, 4, 2], offset and size of the image, text, JSON and label members; offset -1: none.
+        numbered: int64 [images, 4], the numbered images of all records, as (record, number, offset, size) in order.
         damage: what is wrong with the shard, "" when nothing is. The last record then stands for what was lost.
     """
 
     keys: PackedStrings
     spans: np.ndarray
+    numbered: np.ndarray
     damage: str
 
     def __len__(self) -> int:
         return len(self.spans)
+
+    def images(self, row: int) -> list[tuple[int, int]]:
+        """(offset, size) of a record's images: the one without a number, then the others in the order of theirs."""
+        single = [(int(self.spans[row, IMAGE, 0]), int(self.spans[row, IMAGE, 1]))] * bool(
+            self.spans[row, IMAGE, 0] >= 0
+        )
+        first, stop = np.searchsorted(self.numbered[:, 0], (row, row + 1))
+        return single + [(offset, size) for _, _, offset, size in self.numbered[first:stop].tolist()]
 
 
 def shard_index(path: str, cache_dir: str) -> ShardIndex:
@@ -66,6 +77,7 @@ def scan(path: str) -> ShardIndex:
     """Walks the headers of a shard; members of one record follow each other (webdataset's rule)."""
     keys: list[str] = []
     spans: list[np.ndarray] = []
+    numbered: list[tuple[int, int, int, int]] = []
     damage = ""
     for member in _members(path):
         if isinstance(member, str):
@@ -76,6 +88,8 @@ def scan(path: str) -> ShardIndex:
         if not keys or keys[-1] != parsed[1]:
             keys.append(parsed[1])
             spans.append(_no_members())
+        if (number := _NUMBERED.fullmatch(parsed[2].lower())) is not None:
+            numbered.append((len(keys) - 1, int(number[1]), member.offset_data, member.size))
         part = PARTS.get(parsed[2].lower())
         if part is not None and spans[-1][part, 0] < 0:
             spans[-1][part] = member.offset_data, member.size
@@ -84,7 +98,8 @@ def scan(path: str) -> ShardIndex:
     if damage and (not keys or _whole(spans[-1], os.path.getsize(path))):
         keys.append(f"(after {keys[-1]})" if keys else "(first)")  # stands for what was lost
         spans.append(_no_members())
-    return ShardIndex(PackedStrings.pack(keys), np.stack(spans), damage)
+    table = np.asarray(sorted(numbered), np.int64).reshape(-1, 4)
+    return ShardIndex(PackedStrings.pack(keys), np.stack(spans), table, damage)
 
 
 def _no_members() -> np.ndarray:
@@ -136,7 +151,7 @@ def _read_cache(place: str, stamp: np.ndarray) -> ShardIndex | None:
             if not np.array_equal(saved["stamp"], stamp):
                 return None
             keys = PackedStrings(saved["key_bytes"], saved["key_ends"])
-            return ShardIndex(keys, saved["spans"], str(saved["damage"]))
+            return ShardIndex(keys, saved["spans"], saved["numbered"], str(saved["damage"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # missing, half-written by another program, or of an older version: the shard itself tells
 
@@ -155,6 +170,7 @@ def _write_cache(place: str, stamp: np.ndarray, index: ShardIndex) -> bool:
                 key_bytes=index.keys.blob,
                 key_ends=index.keys.ends,
                 spans=index.spans,
+                numbered=index.numbered,
                 damage=np.asarray(index.damage),
             )
         os.chmod(temporary, 0o644)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vlm_jax.data.sources.base import BadRecord, Record, SourceConfig
+from vlm_jax.data.sources.chats import ImageBytes, Turn, message_texts, read_turns
 from vlm_jax.data.sources.paths import find_files
 from vlm_jax.data.sources.shards import IMAGE, JSON, LABEL, TEXT, ShardIndex, shard_index
 from vlm_jax.data.sources.texts import CaptionKeys, captions_or_why, checked_texts
@@ -20,7 +21,7 @@ from vlm_jax.schema import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class TarConfig(SourceConfig):
-    """Shards of images, with captions, labels, both or neither."""
+    """Shards of images, with captions, labels, conversations, or nothing."""
 
     # shard-{000..009}.tar, a glob, a folder, or several of these with commas between
     path: str = ""
@@ -28,6 +29,9 @@ class TarConfig(SourceConfig):
     json_text_key: tuple[str, ...] = ("caption",)
     # how often the captions of each key are trained on; empty: every caption is as likely as every other
     text_probabilities: tuple[float, ...] = ()
+    # key of the turns in *.json members, such as "conversations": then records are conversations, with one image
+    # (0007.jpg), several (0007.0.jpg, 0007.1.jpg, ...) or none; empty: they are captions
+    json_chat_key: str = ""
     # names of the classes that *.cls members number; empty: the shards carry no labels
     class_names: tuple[str, ...] = ()
 
@@ -74,6 +78,8 @@ class TarSource:
         """The image's bytes, its captions, and its label when there is one."""
         shard, row = self._locate(index)
         where, key = self.shards[shard], self.indices[shard].keys[row]
+        if self.config.json_chat_key:
+            return self._chat(shard, row)
         image, label = self._part(shard, row, IMAGE), self._part(shard, row, LABEL)
         if image is None:
             raise BadRecord(where, key, "it has no image (jpg, jpeg, png or webp)")
@@ -84,7 +90,12 @@ class TarSource:
         return record if label is None else {**record, "label": self._label(label, where, key)}
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """The captions of the record's txt member, else of its json member; read without the image."""
+        """The captions of the record's txt member, else of its json member; read without the image.
+
+        With `json_chat_key` the messages of its turns.
+        """
+        if self.config.json_chat_key:
+            return message_texts(self._turns(*self._locate(index)))
         return self._texts(*self._locate(index))["texts"]
 
     def _texts(self, shard: int, row: int) -> dict[str, Any]:
@@ -93,17 +104,27 @@ class TarSource:
             data = self._part(shard, row, part)
             if data is None:
                 continue
-            try:
-                text = data.decode("utf-8-sig")
-                value = text if part == TEXT else json.loads(text)
-            except ValueError as error:  # of the bytes or of the JSON
-                raise BadRecord(where, key, f"its caption can't be read: {error}") from error
             if part == TEXT:
-                return {"texts": checked_texts([text.strip()], where, key)}
-            if not isinstance(value, dict):
-                raise BadRecord(where, key, f"its json is a {type(value).__name__}, not an object with a caption")
-            return self.captions.read(value, where, key)
+                return {"texts": checked_texts([_text(data, where, key).strip()], where, key)}
+            return self.captions.read(_json_object(data, where, key), where, key)
         raise BadRecord(where, key, "it has no caption (txt or json)")
+
+    def _chat(self, shard: int, row: int) -> Record:
+        where, key = self.shards[shard], self.indices[shard].keys[row]
+        turns, spans = self._turns(shard, row), self.indices[shard].images(row)
+        images = tuple(ImageBytes(self._bytes(shard, row, offset, size)) for offset, size in spans)
+        return {"turns": turns, "images": images, "texts": message_texts(turns), "key": key, "where": where}
+
+    def _turns(self, shard: int, row: int) -> tuple[Turn, ...]:
+        where, key, data = self.shards[shard], self.indices[shard].keys[row], self._part(shard, row, JSON)
+        if data is None:
+            raise BadRecord(where, key, "it has no json with a conversation")
+        return read_turns(_json_object(data, where, key).get(self.config.json_chat_key), where, key)
+
+    def fingerprint(self) -> str:
+        """Of the shards and the keys."""
+        stats = [(shard, os.stat(shard).st_size, os.stat(shard).st_mtime_ns) for shard in self.shards]
+        return repr((stats, dataclasses.astuple(self.config)))
 
     def _label(self, data: bytes, where: str, key: str) -> int:
         try:
@@ -130,8 +151,9 @@ class TarSource:
     def _part(self, shard: int, row: int, part: int) -> bytes | None:
         """Bytes of a member; the shard is opened each time, which costs microseconds and keeps no handle to lose."""
         offset, size = (int(number) for number in self.indices[shard].spans[row, part])
-        if offset < 0:
-            return None
+        return None if offset < 0 else self._bytes(shard, row, offset, size)
+
+    def _bytes(self, shard: int, row: int, offset: int, size: int) -> bytes:
         where, key = self.shards[shard], self.indices[shard].keys[row]
         try:
             with open(where, "rb", buffering=0) as file:
@@ -141,3 +163,20 @@ class TarSource:
         if len(data) != size:
             raise BadRecord(where, key, "the shard became shorter while it was in use; fetch it again")
         return data
+
+
+def _text(data: bytes, where: str, key: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except ValueError as error:
+        raise BadRecord(where, key, f"its caption can't be read: {error}") from error
+
+
+def _json_object(data: bytes, where: str, key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(data, where, key))
+    except ValueError as error:
+        raise BadRecord(where, key, f"its caption can't be read: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRecord(where, key, f"its json is a {type(value).__name__}, not an object with a caption")
+    return value

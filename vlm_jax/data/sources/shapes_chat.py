@@ -1,0 +1,114 @@
+"""Conversations about drawn scenes: captions, questions with one right answer, two scenes compared, and text alone.
+
+Every answer to a first question is one of a few words, all of them equally likely whatever the question says: without
+the image no rule does better than chance, which is 1 in 8 for colours, 6 for shapes, 9 for places, 3 for "more", and
+1 in as many as there are counts. (A question further on in a conversation may be helped by those before it.)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from vlm_jax.data.sources.chats import Turn
+
+Kind = Literal["caption", "color", "shape", "count", "position", "more", "compare", "text"]
+Scene = list[dict[str, str]]
+RandomScene = Callable[[np.random.Generator, int], Scene]
+
+KINDS: tuple[Kind, ...] = ("caption", "color", "shape", "count", "position", "more", "compare", "text")
+"""All kinds: a caption; a question on the colour or shape at a place, on the number of objects, on the place of an
+object; which of two scenes has more objects; the colour at a place in one of two scenes; sums, without image."""
+ABOUT_ONE: tuple[Kind, ...] = ("color", "shape", "count", "position")
+"""Questions about one scene."""
+QUESTIONS: tuple[Kind, ...] = (*ABOUT_ONE, "more", "compare")
+"""Kinds whose answers need the images and can be compared word for word."""
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_CAPTION_REQUESTS = ("Describe the picture.", "What does the picture show?", "Give a full caption of the picture.")
+_PLACEHOLDER = "<image>"
+
+
+class Conversation(NamedTuple):
+    """Turns, and what they are about."""
+
+    turns: tuple[Turn, ...]
+    kind: Kind
+    needs_image: bool
+    """Whether the scene of the record belongs to it."""
+    others: tuple[Scene, ...] = ()
+    """Scenes that take its place."""
+
+
+def _rounds(pairs: Sequence[tuple[str, str]], images: int) -> tuple[Turn, ...]:
+    front = f"{_PLACEHOLDER}\n" * images
+    turns: list[Turn] = []
+    for number, (question, answer) in enumerate(pairs):
+        turns += [Turn("user", question if number else front + question), Turn("assistant", answer)]
+    return tuple(turns)
+
+
+def caption(text: str, rng: np.random.Generator) -> Conversation:
+    """The caption of a scene, asked for in one of several ways."""
+    request = _CAPTION_REQUESTS[int(rng.integers(len(_CAPTION_REQUESTS)))]
+    return Conversation(_rounds([(request, text)], 1), "caption", True)
+
+
+def questions(rng: np.random.Generator, scene: Scene, kinds: Sequence[Kind], max_rounds: int) -> Conversation:
+    """From 1 to `max_rounds` questions about a scene, the last of them of the first kind, each kind once."""
+    others = [kinds[1:][i] for i in rng.permutation(len(kinds) - 1)]
+    count = min(int(rng.integers(1, max_rounds + 1)), len(kinds))
+    asked = [*others[: count - 1], kinds[0]]
+    return Conversation(_rounds([_question(rng, scene, kind) for kind in asked], 1), kinds[0], True)
+
+
+def _question(rng: np.random.Generator, scene: Scene, kind: Kind) -> tuple[str, str]:
+    if kind == "count":
+        return "How many objects are there?", NUMBERS[len(scene)]
+    item = scene[int(rng.integers(len(scene)))]
+    if kind == "color":
+        return f"What colour is the object in the {item['position']}?", item["color"]
+    if kind == "shape":
+        return f"What shape is the object in the {item['position']}?", item["shape"]
+    names = [_name(other) for other in scene]
+    single = [other for other, name in zip(scene, names, strict=True) if names.count(name) == 1]
+    if not single:  # they look alike, so that only one of all places can't be told from the other
+        return "How many objects are there?", NUMBERS[len(scene)]
+    item = single[int(rng.integers(len(single)))]
+    return f"Where is the {_name(item)}?", item["position"]
+
+
+def _name(item: dict[str, str]) -> str:
+    return f"{item['color']} {item['shape']}"
+
+
+def more(rng: np.random.Generator, least: int, most: int, random_scene: RandomScene) -> Conversation:
+    """Which of two scenes has more objects; "first", "second" and "same" are equally likely."""
+    answer = ("first", "second", "same")[int(rng.integers(3))]
+    larger = int(rng.integers(least + 1, most + 1))
+    smaller = int(rng.integers(least, larger))
+    counts = {"first": (larger, smaller), "second": (smaller, larger), "same": (larger, larger)}[answer]
+    scenes = tuple(random_scene(rng, count) for count in counts)
+    question = "Which picture has more objects, the first or the second? Say same if neither has."
+    return Conversation(_rounds([(question, answer)], 2), "more", True, scenes)
+
+
+def compare(rng: np.random.Generator, least: int, most: int, random_scene: RandomScene) -> Conversation:
+    """The colour at a place in one of two scenes, which both have an object there."""
+    scenes = [random_scene(rng, int(rng.integers(least, most + 1))) for _ in range(2)]
+    which = int(rng.integers(2))
+    item = scenes[which][int(rng.integers(len(scenes[which])))]
+    places = [other["position"] for other in scenes[1 - which]]
+    if item["position"] not in places:  # else that picture could be told by its empty place
+        scenes[1 - which][int(rng.integers(len(places)))]["position"] = item["position"]
+    picture = ("first", "second")[which]
+    question = f"In the {picture} picture, what colour is the object in the {item['position']}?"
+    return Conversation(_rounds([(question, item["color"])], 2), "compare", True, tuple(scenes))
+
+
+def text_only(rng: np.random.Generator) -> Conversation:
+    """A sum, without an image."""
+    total = int(rng.integers(1, len(NUMBERS)))
+    first = int(rng.integers(0, total + 1))
+    question = f"What is {NUMBERS[first]} plus {NUMBERS[total - first]}?"
+    return Conversation(_rounds([(question, NUMBERS[total])], 0), "text", False)
