@@ -56,8 +56,7 @@ def test_value_and_gradients_are_those_of_the_whole_logits(shape: tuple[int, int
         assert float(vocabulary_cross_entropy(*data).total) == pytest.approx(float(want) / 0.3, rel=1e-6)
     else:
         mesh = tiny.mesh(*shape)
-        rows = [jax.device_put(x, batch_sharding(mesh)) for x in data]
-        rows[1] = data[1]
+        rows = [x if i == 1 else jax.device_put(x, batch_sharding(mesh)) for i, x in enumerate(data)]
         with jax.set_mesh(mesh):
             (got, correct), gradients = with_gradients(chunked)(*rows)
     assert float(got) == pytest.approx(float(want), rel=1e-6)

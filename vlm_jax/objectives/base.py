@@ -41,6 +41,7 @@ class ObjectiveConfig(Choice):
             dino,
             dvae,
             encoder,
+            lm,
             mae,
             siglip,
             simmim,
@@ -61,6 +62,7 @@ class ObjectiveConfig(Choice):
             "aim": aim.AimConfig,
             "aimv2": aimv2.Aimv2Config,
             "classify": classify.ClassifyConfig,
+            "lm": lm.LmConfig,
         }
 
     @property
@@ -76,6 +78,17 @@ class ObjectiveConfig(Choice):
     def build(self, preprocess: PreprocessConfig, dtype: Dtype) -> "ModelObjective":
         """The objective; `preprocess` tells the normalisation on the chip, `dtype` is the compute dtype."""
         raise TypeError(f"{type(self).__name__} defines no build")
+
+    def arrange(self, source: Source, tokenizer: Tokenizer | None, data: DataConfig, cache_dir: str) -> Source:
+        """The source whose records `make_example` is given: the run's own, or for packed rows one made of it.
+
+        Args:
+            source: the run's, or an evaluation's.
+            tokenizer: the run's.
+            data: how the records are read.
+            cache_dir: folder for what is worth keeping between starts.
+        """
+        return source
 
     def make_example(self, tokenizer: Tokenizer | None, data: DataConfig) -> MakeExample:
         """What turns a record of the source into a row of a batch; a method that reads text is given a tokenizer."""

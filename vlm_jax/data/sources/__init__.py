@@ -12,6 +12,7 @@ from vlm_jax.data.sources.mixture import MixtureConfig, MixturePart
 from vlm_jax.data.sources.shapes import ShapesConfig
 from vlm_jax.data.sources.tables import CsvConfig, JsonlConfig
 from vlm_jax.data.sources.tar import TarConfig
+from vlm_jax.data.sources.text_files import TextFilesConfig
 from vlm_jax.data.sources.tfds_source import TfdsConfig
 from vlm_jax.schema import ConfigError
 
@@ -24,6 +25,7 @@ KINDS: dict[str, type[Any]] = {
     "tfds": TfdsConfig,
     "array_record": ArrayRecordConfig,
     "class_folders": ClassFoldersConfig,
+    "text": TextFilesConfig,
     "mixture": MixtureConfig,
 }
 
@@ -111,6 +113,7 @@ __all__ = [
     "Source",
     "SourceConfig",
     "TarConfig",
+    "TextFilesConfig",
     "TfdsConfig",
     "source_at",
     "source_for_path",
