@@ -55,11 +55,8 @@ class HfDecoder(Format):
 
     def recognises(self, tensors: Tensors) -> bool:
         """See the base."""
-        return {
-            _EMBED,
-            f"{_FIRST}self_attn.q_proj.weight",
-            f"{_FIRST}post_attention_layernorm.weight",
-        } <= tensors.keys()
+        block = {f"{_FIRST}{name}.weight" for name in ("self_attn.q_proj", "mlp.gate_proj", "post_attention_layernorm")}
+        return {_EMBED, *block} <= tensors.keys()
 
     def read_config(
         self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None
@@ -68,11 +65,11 @@ class HfDecoder(Format):
         if settings is None:
             raise ConversionError(f"{self.title} needs its config.json beside the weights: it tells the heads")
         kind = settings.get("model_type")
-        if kind not in _KINDS:
-            raise ConversionError(f"config.json: model_type = {kind!r} is not supported, only {', '.join(_KINDS)}")
+        if kind not in _FORMS:
+            raise ConversionError(f"config.json: model_type = {kind!r} is not supported, only {', '.join(_FORMS)}")
         check_supported("config.json: ", settings, {"use_sliding_window": False})
         known = {**_DEFAULTS, **settings}
-        own = _KINDS[kind]
+        own = _FORMS[kind]
         stated = settings.get("hidden_activation") or settings.get("hidden_act", _ACTIVATIONS[own["activation"]][0])
         if stated not in _ACTIVATIONS[own["activation"]]:
             raise ConversionError(f"config.json: hidden_act = {stated!r} is not supported for {kind}")
@@ -93,9 +90,9 @@ class HfDecoder(Format):
             tied=_HEAD not in tensors,
             rope=_read_rope(settings),
             max_length=known["max_position_embeddings"],
+            **own,
         )
-        fixed = {key: value for key, value in own.items() if key not in ("mlp_bias", "out_bias", "tied")}
-        return LanguageModelConfig(dataclasses.replace(decoder, **fixed))
+        return LanguageModelConfig(decoder)
 
     def objective(self, model: LanguageModelConfig) -> ObjectiveConfig:
         """See the base."""
@@ -155,15 +152,11 @@ class HfDecoder(Format):
         """See the base."""
         decoder = config.decoder
         kind = _kind(decoder)
-        wanted = {**_COMMON, **_KINDS[kind]}
+        wanted = {**_COMMON, **_FORMS[kind], **_LIMITS[kind], "out_bias": decoder.qkv_bias and kind != "qwen2"}
         check_expressible(
             f"{_CLASSES[kind]} of transformers",
             {f"decoder.{key}": (getattr(decoder, key), (value,)) for key, value in wanted.items()},
         )
-        if kind == "llama" or kind == "gemma":
-            check_expressible(
-                f"{_CLASSES[kind]} of transformers", {"decoder.out_bias": (decoder.out_bias, (decoder.qkv_bias,))}
-            )
         theirs = {
             "architectures": [_CLASSES[kind]],
             "model_type": kind,
