@@ -1,7 +1,8 @@
 """A language model of a fifth of a million parameters on the captions of drawn scenes: shows that everything works.
 
-Captions are a small language whose entropy is known: which shape, colour, size and place is chance, the rest is
-grammar. Trains in about two minutes on a CPU of two cores.
+Captions are a small language of known entropy: number, places, sizes, colours and shapes of the objects are chance, the
+rest is grammar. That is 13.5 nats a caption for the 500 held out; after 300 steps, two minutes on a CPU of two cores,
+the model gives them 13.7 (`python -m vlm_jax.main --config=configs/lm_tiny.py`: 0.375 nats a token).
 """
 
 import dataclasses

@@ -31,9 +31,12 @@ _log = logging.getLogger(__name__)
 
 def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """All ids of a document, with the start and end tokens that the tokenizer's config asks for; nothing is cut."""
-    config = tokenizer.config
-    ids = tokenizer.encoder.encode(tokenizer.clean(text))
-    return [tokenizer.bos_id] * config.bos + ids + [tokenizer.eos_id] * config.eos
+    return prompt_ids(tokenizer, text) + [tokenizer.eos_id] * tokenizer.config.eos
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """All ids of a text that goes on: as a document's, without an end token."""
+    return [tokenizer.bos_id] * tokenizer.config.bos + tokenizer.encoder.encode(tokenizer.clean(text))
 
 
 class PackedTexts:
@@ -182,4 +185,4 @@ class TextRows:
         return row | {"prefix": prefix} if self.prefix else row
 
 
-__all__ = ["PackedTexts", "TextRows", "document_ids"]
+__all__ = ["PackedTexts", "TextRows", "document_ids", "prompt_ids"]

@@ -90,8 +90,8 @@ def import_document_tokenizer(folder: Path, flag: str, length: int) -> tuple[Tok
     if file.suffix == ".model":
         config = SentencePieceConfig(**common)
     else:
-        tokens = {f"{role}_token": _content(settings.get(f"{role}_token")) for role in ("bos", "eos", "pad")}
-        config = HfTokenizerConfig(**common, **tokens)
+        names = {f"{role}_token": _content(settings.get(f"{role}_token")) for role in ("bos", "eos", "pad")}
+        config = dataclasses.replace(HfTokenizerConfig(**common), **names)
     tokenizer = build_tokenizer(config, None)
     return tokenizer, f"tokenizer: {tokenizer.config.kind()} of {tokenizer.vocab_size} ids from {file}"
 

@@ -9,7 +9,7 @@ The collectives are this file's own: rows are split over the batch axes of the m
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +81,8 @@ def vocabulary_cross_entropy(
     layout = _layout(hidden_BxTxD, head_VxD, chunk)
     shards = 1 if layout.vocab is None else jax.sharding.get_abstract_mesh().shape[layout.vocab]
     head_VxD = jnp.pad(head_VxD.astype(hidden_BxTxD.dtype), ((0, -head_VxD.shape[0] % shards), (0, 0)))
-    total, correct = _loss(hidden_BxTxD, head_VxD, targets_BxT, valid_BxT, layout)
-    return TokenLoss(total, valid_BxT.sum(dtype=jnp.float32), jax.lax.stop_gradient(correct))
+    sums: Any = _loss(hidden_BxTxD, head_VxD, targets_BxT, valid_BxT, layout)
+    return TokenLoss(sums[0], valid_BxT.sum(dtype=jnp.float32), jax.lax.stop_gradient(sums[1]))
 
 
 def _layout(hidden_BxTxD: jax.Array, head_VxD: jax.Array, chunk: int | None) -> _Layout:
@@ -94,10 +94,9 @@ def _layout(hidden_BxTxD: jax.Array, head_VxD: jax.Array, chunk: int | None) -> 
     divides = sizes.get("sequence", 1) > 1 and length % sizes["sequence"] == 0
     vocab = "tensor" if sizes.get("tensor", 1) > 1 else None
     scattered = "fsdp" in batch and sizes["fsdp"] > 1 and width % sizes["fsdp"] == 0
-    if chunk is None:
-        own = -(-words // (sizes[vocab] if vocab else 1))
-        chunk = max(128, LOGIT_BYTES // (4 * own))
-    return _Layout(batch, "sequence" if divides else None, vocab, "fsdp" if scattered else None, words, chunk)
+    own = -(-words // (sizes[vocab] if vocab else 1))
+    tokens = max(128, LOGIT_BYTES // (4 * own)) if chunk is None else chunk
+    return _Layout(batch, "sequence" if divides else None, vocab, "fsdp" if scattered else None, words, tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -105,7 +104,8 @@ def _loss(
     hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array, valid_BxT: jax.Array, layout: _Layout
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of the losses, number of correct tokens)."""
-    return _on_mesh(hidden_BxTxD, head_VxD, targets_BxT, valid_BxT, layout, gradient=False)[:2]
+    total, correct, *_ = _on_mesh(hidden_BxTxD, head_VxD, targets_BxT, valid_BxT, layout, gradient=False)
+    return total, correct
 
 
 def _forward(

@@ -1,6 +1,6 @@
 """The one attention of every tower, and the choice of its kernel. Masks are built by the towers, not here."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def _grouped(
     if queries == 1 and bias is None and not causal and (mask is None or mask.shape[1:3] == (1, 1)):
         # A token that is generated: the group's queries as queries of one head, so that no cache is copied.
         q_BxGxKxD = q_BxTxHxD.reshape(batch, kv_heads, heads // kv_heads, depth).swapaxes(1, 2)
-        out_BxGxKxD = softmax_attention(q_BxGxKxD, k_BxSxKxD, v_BxSxKxD, None, mask, False)
+        out_BxGxKxD: Any = softmax_attention(q_BxGxKxD, k_BxSxKxD, v_BxSxKxD, None, mask, False)
         return out_BxGxKxD.swapaxes(1, 2).reshape(batch, 1, heads, depth)
     k_BxSxHxD, v_BxSxHxD = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k_BxSxKxD, v_BxSxKxD))
     return softmax_attention(q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, bias, mask, causal)

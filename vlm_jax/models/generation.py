@@ -164,7 +164,7 @@ def _one_by_one(model: _Model, prompt: _Prompt, config: GenerationConfig, keys: 
         ended_B = ended_B | _ends(token_B, config.eos_ids)
 
         def go_on(state: Any) -> Any:
-            return model.step(token_B, index, _Prompt(*state, length))[:-1]
+            return model.step(token_B, index, _Prompt(state[0], state[1], state[2], state[3], length))[:-1]
 
         # The token that ends the last text needs no pass of the model after it.
         goes_on = (index + 1 < most) & ~jnp.all(ended_B)

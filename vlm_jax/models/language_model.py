@@ -51,10 +51,6 @@ class LanguageModel(nn.Module):
         )
         return {"hidden": hidden, "head": self.decoder.head_rows()}
 
-    def decoder_alone(self) -> Decoder:
-        """The decoder as a module that is called with its own parameters, the subtree `decoder`."""
-        return Decoder(self.config.decoder, self.dtype)
-
     def logits(self, hidden_BxTxD: jax.Array) -> jax.Array:
         """States -> fp32 [B, T, V]."""
         return self.decoder.logits(hidden_BxTxD)

@@ -17,6 +17,7 @@ from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import Source
 from vlm_jax.data.text import Tokenizer
+from vlm_jax.models.generation import Generated, GenerationConfig
 from vlm_jax.schema import Choice, leaves, override
 from vlm_jax.step import Objective
 
@@ -220,6 +221,17 @@ class ModelObjective(Objective):
             and the deviation of the true patch.
         """
         raise TypeError(f"{type(self).__name__} predicts no pixels")
+
+    def continue_texts(
+        self,
+        params: Any,
+        ids_BxT: jax.Array,
+        valid_BxT: jax.Array,
+        config: GenerationConfig,
+        keys: jax.Array | None = None,
+    ) -> Generated:
+        """What follows texts, by a method whose model writes; arguments as of `vlm_jax.models.generation.generate`."""
+        raise TypeError(f"{type(self).__name__} continues no texts")
 
     def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] and int32 texts [P, L] -> fp32 [B, P]; the higher, the better they match."""

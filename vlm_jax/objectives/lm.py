@@ -19,6 +19,7 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.data.text_rows import PackedTexts, TextRows
 from vlm_jax.flops import TRAIN_OVER_FORWARD
 from vlm_jax.losses.vocabulary import vocabulary_cross_entropy
+from vlm_jax.models.decoder import Decoder
 from vlm_jax.models.generation import Generated, GenerationConfig, generate
 from vlm_jax.models.language_model import LanguageModel, LanguageModelConfig
 from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig
@@ -120,7 +121,7 @@ class Lm(ModelObjective):
         logits: Any = self.module.apply({"params": params}, hidden, method="logits")
         return {"hidden": hidden, "logits": logits}
 
-    def generate(
+    def continue_texts(
         self,
         params: Any,
         ids_BxT: jax.Array,
@@ -128,8 +129,8 @@ class Lm(ModelObjective):
         config: GenerationConfig,
         keys: jax.Array | None = None,
     ) -> Generated:
-        """Continues texts; see `vlm_jax.models.generation.generate`. Where prefixes were trained a prompt is one."""
-        decoder = self.module.decoder_alone()
+        """See the base; where prefixes were trained a whole prompt is one."""
+        decoder = Decoder(self.config.model.decoder, self.module.dtype)
         prefix_BxT = valid_BxT if self.config.prefix else None
         return generate(decoder, params["decoder"], ids_BxT, valid_BxT, config, prefix_BxT=prefix_BxT, keys=keys)
 

@@ -1,4 +1,4 @@
-"""Sources of records: random access by index to images with captions or labels, from files or drawn."""
+"""Sources of records: random access by index to images with captions or labels, or to texts, from files or drawn."""
 
 import dataclasses
 import os
@@ -41,6 +41,8 @@ def source_for_path(path: str) -> SourceConfig:
         return JsonlConfig(path=path)
     if lower.endswith((".csv", ".tsv")):
         return CsvConfig(path=path)
+    if lower.endswith((".txt", ".parquet")):
+        return TextFilesConfig(path=path)
     if os.path.isdir(path):
         return _source_for_folder(path)
     if "array_record" in lower:
@@ -67,7 +69,8 @@ def source_at(path: str, source: SourceConfig, path_key: str, source_key: str, c
         with keys_at(f"{source_key}.path", f"{source_key}."):
             return source.build(cache_dir)
     with keys_at(path_key, f"{source_key}."):
-        named = source_for_path(path)
+        # A *.jsonl may hold images with captions or documents: the source that is there tells.
+        named = source if isinstance(source, TextFilesConfig) else source_for_path(path)
     others = f"{source_key}."
     if isinstance(source, type(named)):
         named = dataclasses.replace(source, path=path)
@@ -93,7 +96,8 @@ def _source_for_folder(path: str) -> SourceConfig:
 def _unknown(path: str, what: str) -> ConfigError:
     return ConfigError(
         f"config.data.source.path = {path!r} is {what}; give tar shards (folder, glob, or shard-{{000..009}}.tar), "
-        "a .jsonl, .csv or .tsv file, *.array_record files, a folder with a folder per class, or set "
+        "a .jsonl, .csv or .tsv file, *.array_record files, a folder with a folder per class, *.txt or *.parquet files "
+        "of text, or set "
         "config.data.source to a kind and its own keys"
     )
 

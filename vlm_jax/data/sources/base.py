@@ -16,7 +16,8 @@ Record = dict[str, Any]
 """One example as it is stored: `image` (encoded bytes, or uint8 [H, W, 3]), `texts` (tuple of captions, which may be
 empty), `key`, `where` (the shard or file it came from), for labelled sources `label` (int), `text_weights` (the
 probability of each caption) where the source gives its captions different ones, and `no_caption` (why `texts` is empty)
-where a caption was looked for: who needs one raises `BadRecord` with it, who reads the image alone doesn't."""
+where a caption was looked for: who needs one raises `BadRecord` with it, who reads the image alone doesn't. Sources of
+documents have `texts` and no `image`."""
 
 
 class BadRecord(Exception):  # noqa: N818 - it names the record, and most are replaced
