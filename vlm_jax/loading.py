@@ -15,7 +15,6 @@ from vlm_jax.data import images
 from vlm_jax.data.text_rows import prompt_ids
 from vlm_jax.models.generation import GenerationConfig
 
-
 LIKELIEST = GenerationConfig()
 
 

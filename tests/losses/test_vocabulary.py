@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from program_sizes import float32_sizes
 
-from vlm_jax.flops import inner_jaxprs
 from vlm_jax.losses.tokens import correct_tokens, token_cross_entropy
 from vlm_jax.losses.vocabulary import vocabulary_cross_entropy
 from vlm_jax.mesh import batch_sharding
@@ -80,17 +80,11 @@ def test_nothing_valid_is_zero_without_nan() -> None:
     assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
 
 
-def sizes(jaxpr: Any) -> list[int]:
-    """Sizes of every fp32 array of a program."""
-    found = [v.aval.size for e in jaxpr.eqns for v in e.outvars if v.aval.dtype == jnp.float32]
-    return found + [size for e in jaxpr.eqns for inner in inner_jaxprs(e.params) for size in sizes(inner)]
-
-
 def test_no_array_of_all_logits_exists_in_fp32() -> None:
     data = arrays()
-    largest = max(sizes(jax.make_jaxpr(with_gradients(chunked))(*data).jaxpr))
+    largest = max(float32_sizes(jax.make_jaxpr(with_gradients(chunked))(*data).jaxpr))
     assert largest < ROWS * LENGTH * WORDS / 4
-    assert max(sizes(jax.make_jaxpr(with_gradients(plain))(*data).jaxpr)) == ROWS * LENGTH * WORDS
+    assert max(float32_sizes(jax.make_jaxpr(with_gradients(plain))(*data).jaxpr)) == ROWS * LENGTH * WORDS
 
 
 def test_in_bfloat16_sums_are_fp32() -> None:

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from program_sizes import float32_sizes
 
 from vlm_jax.config import load_config
 from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.text import SentencePieceConfig, build_tokenizer
+from vlm_jax.data.text_rows import TextRows
+from vlm_jax.evals.held_out import HeldOut
 from vlm_jax.flops import count_dot_flops
 from vlm_jax.mesh import batch_sharding, unbox
 from vlm_jax.models.decoder import DecoderConfig
@@ -113,6 +116,29 @@ def test_mesh_and_microbatches_change_nothing(
     for got, expected in zip(others, history, strict=True):
         assert got == pytest.approx(expected, rel=1e-4)
     tiny.assert_trees_close(state.params, want.params, rtol=5e-4)
+
+
+def test_the_held_out_loss_leaves_rows_out_on_a_mesh(params: Any) -> None:
+    """Rows that are padding don't count; those that do add up as in one batch."""
+    mesh = tiny.mesh(2, 2, 2)
+    batch = rows(mesh, 8)
+    mask = np.arange(8) < 5
+    host = jax.tree.map(np.asarray, batch)
+    (want, count), _ = objective().loss(params, {}, {name: x[mask] for name, x in host.items()}, None, jnp.int32(0))
+    marks = {"mask": mask, "index": np.arange(8, dtype=np.int32)}
+    held_out = HeldOut(objective(), TextRows(LENGTH, 0, True, False))
+    assert held_out.possible
+    with jax.set_mesh(mesh):
+        marked = batch | {name: jax.device_put(x, batch_sharding(mesh)) for name, x in marks.items()}
+        total, found = held_out.loss(params, [marked], 0)
+    assert found == count
+    assert total == pytest.approx(float(want), rel=1e-5)
+
+
+def test_the_step_never_holds_all_logits_in_fp32(params: Any) -> None:
+    lm, batch = objective(), rows(tiny.mesh(), 8)
+    gradient = jax.grad(lambda params: lm.loss(params, {}, batch, None, jnp.int32(0))[0][0])
+    assert max(float32_sizes(jax.make_jaxpr(gradient)(params).jaxpr)) < 8 * LENGTH * 320 / 2
 
 
 def test_flops_are_those_of_the_jaxpr() -> None:

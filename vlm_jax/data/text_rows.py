@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.schema import ConfigError
 
 _VERSION = 1
+_WINDOW = 4096  # documents that are tokenised beside each other
 _log = logging.getLogger(__name__)
 
 
@@ -145,12 +147,19 @@ def _corpus(source: Source, tokenizer: Tokenizer, folder: str, budget: float) ->
 def _documents(source: Source, tokenizer: Tokenizer, budget: float) -> Iterator[list[int]]:
     """The ids of every document in order; none of one that can't be read."""
     account = BadRecordAccount(len(source), budget)
-    for index in range(len(source)):
+
+    def read(index: int) -> list[int] | Failure:
         try:
-            yield document_ids(tokenizer, source.texts(index)[0])
+            return document_ids(tokenizer, source.texts(index)[0])
         except BadRecord as error:
-            account.add([Failure.of(index, error)])
-            yield []
+            return Failure.of(index, error)
+
+    # The tokenizers' libraries let go of Python's lock. Windows, for a pool takes all that it is given at once.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(source), _WINDOW):
+            for found in pool.map(read, range(start, min(start + _WINDOW, len(source)))):
+                account.add([found] if isinstance(found, Failure) else [])
+                yield [] if isinstance(found, Failure) else found
     _log.info("tokenised %d documents, %d of them unusable", len(source), len(account))
 
 

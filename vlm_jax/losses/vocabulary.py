@@ -19,6 +19,7 @@ from vlm_jax.mesh import BATCH_AXES
 from vlm_jax.models.softmax_attention import MASKED
 
 LOGIT_BYTES = 1 << 28  # of the fp32 logits of a chunk on a device
+LEAST_CHUNKS = 4  # of few tokens too, so that what is tested in small is what runs
 
 
 class TokenLoss(NamedTuple):
@@ -45,7 +46,7 @@ class _Layout:
         vocab: mesh axis that splits the vocabulary, or None.
         width: mesh axis over which the gradient of the head is left scattered, or None.
         words: size of the vocabulary, without what fills it up.
-        chunk: tokens at a time on a device.
+        chunk: tokens at a time on a device, or None for as many as `LOGIT_BYTES` allow.
     """
 
     rows: tuple[str, ...]
@@ -53,7 +54,7 @@ class _Layout:
     vocab: str | None
     width: str | None
     words: int
-    chunk: int
+    chunk: int | None
 
     @property
     def token_axes(self) -> tuple[str, ...]:
@@ -76,7 +77,8 @@ def vocabulary_cross_entropy(
         head_VxD: rows of the head, fp32 parameters.
         targets_BxT: int32 ids.
         valid_BxT: bool; other tokens don't count.
-        chunk: tokens at a time on each device; None: as many as keep their logits under `LOGIT_BYTES`.
+        chunk: tokens at a time on each device, a quarter of them at most; None: as many as keep their logits under
+            `LOGIT_BYTES`.
     """
     layout = _layout(hidden_BxTxD, head_VxD, chunk)
     shards = 1 if layout.vocab is None else jax.sharding.get_abstract_mesh().shape[layout.vocab]
@@ -94,9 +96,7 @@ def _layout(hidden_BxTxD: jax.Array, head_VxD: jax.Array, chunk: int | None) -> 
     divides = sizes.get("sequence", 1) > 1 and length % sizes["sequence"] == 0
     vocab = "tensor" if sizes.get("tensor", 1) > 1 else None
     scattered = "fsdp" in batch and sizes["fsdp"] > 1 and width % sizes["fsdp"] == 0
-    own = -(-words // (sizes[vocab] if vocab else 1))
-    tokens = max(128, LOGIT_BYTES // (4 * own)) if chunk is None else chunk
-    return _Layout(batch, "sequence" if divides else None, vocab, "fsdp" if scattered else None, words, tokens)
+    return _Layout(batch, "sequence" if divides else None, vocab, "fsdp" if scattered else None, words, chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -153,7 +153,7 @@ def _on_device(
 ) -> tuple[jax.Array, ...]:
     """One device's tokens against its part of the vocabulary."""
     count = targets_bxt.size
-    chunk = min(layout.chunk, count)
+    chunk = min(layout.chunk or max(128, LOGIT_BYTES // (4 * head_vxD.shape[0])), -(-count // LEAST_CHUNKS))
     chunks = -(-count // chunk)
 
     def in_chunks(x: jax.Array, *shape: int) -> jax.Array:

@@ -121,8 +121,9 @@ def _choose(platform: str, q: jax.Array, bias: jax.Array | None, mask: jax.Array
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     # cuDNN has no gradient of a bias between odd numbers of tokens
     takes_bias = bias is None or bias.shape[-2] % 2 == bias.shape[-1] % 2 == 0
-    if platform in ("gpu", "cuda") and half and takes_bias and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-        return "cudnn"
+    generating = q.shape[1] == 1 and mask is not None  # from a cache: nothing to tile
+    if platform in ("gpu", "cuda") and half and takes_bias and not generating:
+        return "cudnn" if q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 else "xla"
     if platform == "tpu" and q.shape[1] >= FLASH_MIN_LENGTH and bias is None and _masks_keys_only(mask):
         return "flash"
     return "xla"

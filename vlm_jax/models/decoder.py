@@ -169,7 +169,7 @@ class Decoder(nn.Module):
     def embed(self, ids_BxT: jax.Array) -> jax.Array:
         """int32 ids -> [B, T, D] as they enter the first block."""
         # Whole before the lookup, for the reason given in `text`.
-        table = constrain(_joined(self.token_embed, self.extra_embed).astype(self.dtype), "vocab", "embed")
+        table = constrain(jnp.asarray(_joined(self.token_embed, self.extra_embed), self.dtype), "vocab", "embed")
         x = table[ids_BxT]
         if self.config.scaled_embeddings:
             x = x * jnp.asarray(math.sqrt(self.config.width), x.dtype)
