@@ -11,11 +11,12 @@ import pytest
 from pyarrow import parquet
 
 from vlm_jax.data.bad_records import BadRecordBudgetExceeded
-from vlm_jax.data.rows import TrainRows
-from vlm_jax.data.sources import TextFilesConfig
+from vlm_jax.data.rows import TrainRows, order_of
+from vlm_jax.data.sources import ShapesConfig, TextFilesConfig
 from vlm_jax.data.sources.base import BadRecord
+from vlm_jax.data.sources.mixture import MixtureSource
 from vlm_jax.data.text import SentencePieceConfig, Tokenizer, build_tokenizer
-from vlm_jax.data.text_rows import PackedTexts, TextRows, document_ids
+from vlm_jax.data.text_rows import PackedTexts, TextRows, document_ids, pack_texts
 from vlm_jax.schema import ConfigError
 
 TEXTS = [" ".join(f"word{(7 * i + k) % 23}" for k in range(1 + (5 * i) % 40)) for i in range(60)]
@@ -84,6 +85,18 @@ def test_the_same_rows_from_the_cache_from_memory_and_in_a_worker(
     longer = TextFilesConfig(path=str(corpus)).build("")
     (corpus / "d.txt").write_text("one more document")
     assert TextFilesConfig(path=str(corpus)).build("").stamp != longer.stamp
+
+
+def test_the_parts_of_a_mixture_keep_their_shares_of_the_rows(tokenizer: Tokenizer) -> None:
+    """One row in three of a part of few documents, and no row of two parts."""
+    few, many = ShapesConfig(count=5).build(""), ShapesConfig(split="test", count=60).build("")
+    mixture = MixtureSource(["few", "many"], [few, many], [1, 2])
+    packed = pack_texts(mixture, tokenizer, 64, "", 0.0)
+    assert isinstance(packed, MixtureSource)
+    assert len(packed.sources[0]) < len(packed.sources[1]) / 4
+    order = order_of(packed, seed=0)
+    drawn = [packed[order.index(position)]["where"] for position in range(30)]
+    assert sum(where.startswith("few: ") for where in drawn) == 10
 
 
 def row(isolated: bool, prefix: bool, rng: Any = None) -> dict[str, np.ndarray]:

@@ -136,6 +136,22 @@ def test_prompts_of_different_lengths_continue_as_each_alone(params: Any, shape:
             assert int(written.steps) == max(len(text) for text in texts)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"beams": 3}, {"temperature": 1.5, "top_p": 0.9}], ids=str)
+def test_a_mesh_changes_neither_beams_nor_samples(params: Any, options: dict[str, Any]) -> None:
+    config = GenerationConfig(max_new_tokens=6, eos_ids=(5, 9), **options)
+    keys = jax.random.split(jax.random.key(2), 4)
+    write = jax.jit(lambda p, t, v: generate(DECODER, p, t, v, config, keys=keys).ids)
+    valid = np.arange(12)[None] >= np.array([[0], [3], [5], [9]])
+    wanted = write(params, ids(4), valid)
+    mesh = tiny.mesh(2, 2, 2)
+    places = shardings(jax.eval_shape(lambda: DECODER.init(jax.random.key(0), ids())["params"]), mesh)
+    with jax.set_mesh(mesh):
+        rows = [jax.device_put(x, batch_sharding(mesh)) for x in (ids(4), valid)]
+        written = write(jax.device_put(params, places), *rows)
+    np.testing.assert_array_equal(written, wanted)
+
+
 def test_all_rows_at_their_end_stop_the_loop(params: Any) -> None:
     """Three equal prompts that end with their second token: two steps of fifty."""
     prompts = np.repeat(ids(), 3, axis=0)

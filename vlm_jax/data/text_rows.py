@@ -22,6 +22,7 @@ from vlm_jax.data.bad_records import BadRecordAccount, Failure
 from vlm_jax.data.examples import Example
 from vlm_jax.data.packing import Packing, lay_out, pack_windows, pieces
 from vlm_jax.data.sources.base import BadRecord, Record, Source
+from vlm_jax.data.sources.mixture import MixtureSource
 from vlm_jax.data.sources.text_files import TextFilesSource
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.schema import ConfigError
@@ -89,6 +90,16 @@ class PackedTexts:
     def fill(self) -> float:
         """Share of the rows' places that hold a token."""
         return int((self.stop - self.first).sum()) / (len(self) * self.row_length)
+
+
+def pack_texts(
+    source: Source, tokenizer: Tokenizer, row_length: int, cache_dir: str, budget: float
+) -> PackedTexts | MixtureSource:
+    """`PackedTexts`; of a mixture each part by itself, so that a part's weight is its share of the rows."""
+    if not isinstance(source, MixtureSource):
+        return PackedTexts(source, tokenizer, row_length, cache_dir, budget)
+    parts = [PackedTexts(part, tokenizer, row_length, cache_dir, budget) for part in source.sources]
+    return MixtureSource(source.names, parts, source.weights)
 
 
 @dataclasses.dataclass
@@ -194,4 +205,4 @@ class TextRows:
         return row | {"prefix": prefix} if self.prefix else row
 
 
-__all__ = ["PackedTexts", "TextRows", "document_ids", "prompt_ids"]
+__all__ = ["PackedTexts", "TextRows", "document_ids", "pack_texts", "prompt_ids"]

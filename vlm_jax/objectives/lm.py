@@ -16,7 +16,7 @@ from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import Source
 from vlm_jax.data.text import Tokenizer
-from vlm_jax.data.text_rows import PackedTexts, TextRows
+from vlm_jax.data.text_rows import TextRows, pack_texts
 from vlm_jax.flops import TRAIN_OVER_FORWARD
 from vlm_jax.losses.vocabulary import vocabulary_cross_entropy
 from vlm_jax.models.decoder import Decoder
@@ -52,10 +52,10 @@ class LmConfig(ObjectiveConfig):
         """See the base."""
         return Lm(self, preprocess, dtype)
 
-    def arrange(self, source: Source, tokenizer: Tokenizer | None, data: DataConfig, cache_dir: str) -> PackedTexts:
+    def arrange(self, source: Source, tokenizer: Tokenizer | None, data: DataConfig, cache_dir: str) -> Source:
         """The documents packed into rows."""
         assert tokenizer is not None, "a method that reads text has a tokenizer"
-        return PackedTexts(source, tokenizer, self.length, cache_dir, data.bad_record_budget)
+        return pack_texts(source, tokenizer, self.length, cache_dir, data.bad_record_budget)
 
     def make_example(self, tokenizer: Tokenizer | None, data: DataConfig) -> TextRows:
         """A row of packed documents."""
