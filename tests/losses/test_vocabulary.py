@@ -9,9 +9,10 @@ import pytest
 import tiny
 from program_sizes import float32_sizes
 
+from vlm_jax.flops import count_dot_flops
 from vlm_jax.losses.tokens import correct_tokens, token_cross_entropy
 from vlm_jax.losses.vocabulary import vocabulary_cross_entropy
-from vlm_jax.mesh import batch_sharding
+from vlm_jax.mesh import AXES, batch_sharding
 
 ROWS, LENGTH, WIDTH, WORDS = 8, 12, 16, 101  # a vocabulary that divides over nothing
 
@@ -47,15 +48,16 @@ def with_gradients(function: Any) -> Any:
     return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))
 
 
-@pytest.mark.parametrize("shape", [None, (8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)])
-def test_value_and_gradients_are_those_of_the_whole_logits(shape: tuple[int, int, int] | None) -> None:
+@pytest.mark.parametrize("shape", [None, (8, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1), (1, 1, 8, 1), (1, 2, 2, 2)])
+def test_value_and_gradients_are_those_of_the_whole_logits(shape: tuple[int, int, int, int] | None) -> None:
+    """On axes `data`, `fsdp`, `tensor`, `sequence`."""
     data = arrays()
     (want, want_correct), want_gradients = with_gradients(plain)(*data)
     if shape is None:
         (got, correct), gradients = with_gradients(chunked)(*data)
         assert float(vocabulary_cross_entropy(*data).total) == pytest.approx(float(want) / 0.3, rel=1e-6)
     else:
-        mesh = tiny.mesh(*shape)
+        mesh = jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
         rows = [x if i == 1 else jax.device_put(x, batch_sharding(mesh)) for i, x in enumerate(data)]
         with jax.set_mesh(mesh):
             (got, correct), gradients = with_gradients(chunked)(*rows)
@@ -85,6 +87,22 @@ def test_no_array_of_all_logits_exists_in_fp32() -> None:
     largest = max(float32_sizes(jax.make_jaxpr(with_gradients(chunked))(*data).jaxpr))
     assert largest < ROWS * LENGTH * WORDS / 4
     assert max(float32_sizes(jax.make_jaxpr(with_gradients(plain))(*data).jaxpr)) == ROWS * LENGTH * WORDS
+
+
+def test_of_a_frozen_head_no_gradient_is_made() -> None:
+    """By its products: logits, and one for each gradient that is asked for."""
+    hidden, head, targets, valid = arrays()
+    once = 2 * ROWS * LENGTH * WIDTH * WORDS
+
+    def loss(hidden: Any, head: Any) -> jax.Array:
+        return vocabulary_cross_entropy(hidden, head, targets, valid, chunk=8).total
+
+    for asked, products in ((0, 2), (1, 2), ((0, 1), 3)):
+        assert count_dot_flops(jax.grad(loss, argnums=asked), hidden, head) == products * once
+    assert count_dot_flops(loss, hidden, head) == once
+    both = jax.grad(loss, argnums=(0, 1))(hidden, head)
+    for asked in (0, 1):
+        np.testing.assert_allclose(jax.grad(loss, argnums=asked)(hidden, head), both[asked], atol=1e-6)
 
 
 def test_in_bfloat16_sums_are_fp32() -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax.mesh import BATCH_AXES
@@ -34,6 +35,13 @@ class TokenLoss(NamedTuple):
     total: jax.Array
     count: jax.Array
     correct: jax.Array
+
+
+class _Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    head: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,38 +112,45 @@ def _loss(
     hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array, valid_BxT: jax.Array, layout: _Layout
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of the losses, number of correct tokens)."""
-    total, correct, *_ = _on_mesh(hidden_BxTxD, head_VxD, targets_BxT, valid_BxT, layout, gradient=False)
+    total, correct, *_ = _on_mesh(hidden_BxTxD, head_VxD, targets_BxT, valid_BxT, layout, _Wanted(False, False))
     return total, correct
 
 
 def _forward(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, valid: jax.Array, layout: _Layout
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    total, correct, d_hidden, d_head = _on_mesh(hidden, head, targets, valid, layout, gradient=True)
+    hidden: Any, head: Any, targets: Any, valid: Any, layout: _Layout
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array | None, jax.Array | None]]:
+    arrays = tuple(x.value for x in (hidden, head, targets, valid))
+    # Of a frozen head no gradient is made.
+    wanted = _Wanted(hidden.perturbed, head.perturbed)
+    total, correct, *gradients = _on_mesh(*arrays, layout, wanted)
+    d_hidden = gradients.pop(0) if wanted.hidden else None
+    d_head = gradients.pop(0) if wanted.head else None
     return (total, correct), (d_hidden, d_head)
 
 
 def _backward(
-    layout: _Layout, saved: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, None, None]:
-    d_hidden, d_head = saved
+    layout: _Layout, saved: tuple[jax.Array | None, jax.Array | None], cotangents: tuple[Any, Any]
+) -> tuple[jax.Array | None, jax.Array | None, None, None]:
     factor = cotangents[0]
-    return d_hidden * factor.astype(d_hidden.dtype), d_head * factor.astype(d_head.dtype), None, None
+    if isinstance(factor, SymbolicZero):
+        factor = jnp.zeros((), jnp.float32)
+    d_hidden, d_head = (None if x is None else x * factor.astype(x.dtype) for x in saved)
+    return d_hidden, d_head, None, None
 
 
-_loss.defvjp(_forward, _backward)
+_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _on_mesh(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, valid: jax.Array, layout: _Layout, *, gradient: bool
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, valid: jax.Array, layout: _Layout, wanted: _Wanted
 ) -> tuple[jax.Array, ...]:
-    """(total, correct), and with `gradient` those of the total by `hidden` and `head`, from global arrays."""
-    local = functools.partial(_on_device, layout=layout, gradient=gradient)
+    """(total, correct), and the gradients of the total that are wanted, from global arrays."""
+    local = functools.partial(_on_device, layout=layout, wanted=wanted)
     if jax.sharding.get_abstract_mesh().empty:
         return local(hidden, head, targets, valid)
     tokens = P(layout.rows or None, layout.length)
     states, words = P(*tokens, None), P(layout.vocab, None)
-    gradients = (states, P(layout.vocab, layout.width)) if gradient else ()
+    gradients = (*[states] * wanted.hidden, *[P(layout.vocab, layout.width)] * wanted.head)
     mapped = jax.shard_map(
         local, in_specs=(states, words, tokens, tokens), out_specs=(P(), P(), *gradients), check_vma=False
     )
@@ -149,7 +164,7 @@ def _on_device(
     valid_bxt: jax.Array,
     *,
     layout: _Layout,
-    gradient: bool,
+    wanted: _Wanted,
 ) -> tuple[jax.Array, ...]:
     """One device's tokens against its part of the vocabulary."""
     count = targets_bxt.size
@@ -163,25 +178,28 @@ def _on_device(
     width = hidden_bxtxD.shape[-1]
     inputs = in_chunks(hidden_bxtxD, width), in_chunks(targets_bxt), in_chunks(valid_bxt)
     zero = jnp.zeros((), jnp.float32)
-    first = (zero, zero, jnp.zeros(head_vxD.shape, jnp.float32)) if gradient else (zero, zero)
+    first = (zero, zero, jnp.zeros(head_vxD.shape, jnp.float32)) if wanted.head else (zero, zero)
 
-    def body(carry: tuple[jax.Array, ...], step: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    def body(carry: tuple[jax.Array, ...], step: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], Any]:
         hidden_cxD, targets_c, valid_c = step
         losses_c, correct_c, d_logits_cxv = _chunk(hidden_cxD, head_vxD, targets_c, valid_c, layout)
         sums = (carry[0] + losses_c.sum(), carry[1] + correct_c.sum(dtype=jnp.float32))
-        if not gradient:
-            return sums, zero
-        d_logits_cxv = d_logits_cxv.astype(hidden_cxD.dtype)
-        d_hidden_cxD = jnp.einsum("cv,vD->cD", d_logits_cxv, head_vxD, preferred_element_type=jnp.float32)
-        d_head_vxD = jnp.einsum("cv,cD->vD", d_logits_cxv, hidden_cxD, preferred_element_type=jnp.float32)
-        return (*sums, carry[2] + d_head_vxD), _sum_over(d_hidden_cxD, layout.vocab).astype(hidden_cxD.dtype)
+        d_logits_cxv, d_hidden_cxD = d_logits_cxv.astype(hidden_cxD.dtype), None
+        if wanted.head:
+            d_head_vxD = jnp.einsum("cv,cD->vD", d_logits_cxv, hidden_cxD, preferred_element_type=jnp.float32)
+            sums = (*sums, carry[2] + d_head_vxD)
+        if wanted.hidden:
+            d_hidden_cxD = jnp.einsum("cv,vD->cD", d_logits_cxv, head_vxD, preferred_element_type=jnp.float32)
+            d_hidden_cxD = _sum_over(d_hidden_cxD, layout.vocab).astype(hidden_cxD.dtype)
+        return sums, d_hidden_cxD
 
     carry, d_hidden = jax.lax.scan(body, first, inputs)
-    total, correct = (_sum_over(x, layout.token_axes) for x in carry[:2])
-    if not gradient:
-        return total, correct
-    d_hidden = d_hidden.reshape(chunks * chunk, width)[:count].reshape(hidden_bxtxD.shape)
-    return total, correct, d_hidden, _head_gradient(carry[2], layout).astype(head_vxD.dtype)
+    results = [_sum_over(x, layout.token_axes) for x in carry[:2]]
+    if wanted.hidden:
+        results.append(d_hidden.reshape(chunks * chunk, width)[:count].reshape(hidden_bxtxD.shape))
+    if wanted.head:
+        results.append(_head_gradient(carry[2], layout).astype(head_vxD.dtype))
+    return tuple(results)
 
 
 def _chunk(

@@ -41,7 +41,7 @@ def source_for_path(path: str) -> SourceConfig:
         return JsonlConfig(path=path)
     if lower.endswith((".csv", ".tsv")):
         return CsvConfig(path=path)
-    if lower.endswith((".txt", ".parquet")):
+    if lower.endswith(".txt"):
         return TextFilesConfig(path=path)
     if os.path.isdir(path):
         return _source_for_folder(path)
@@ -96,9 +96,8 @@ def _source_for_folder(path: str) -> SourceConfig:
 def _unknown(path: str, what: str) -> ConfigError:
     return ConfigError(
         f"config.data.source.path = {path!r} is {what}; give tar shards (folder, glob, or shard-{{000..009}}.tar), "
-        "a .jsonl, .csv or .tsv file, *.array_record files, a folder with a folder per class, *.txt or *.parquet files "
-        "of text, or set "
-        "config.data.source to a kind and its own keys"
+        "a .jsonl, .csv or .tsv file, *.array_record files, a folder with a folder per class, *.txt files of text, or "
+        "set config.data.source to a kind and its own keys"
     )
 
 
