@@ -18,7 +18,7 @@ from vlm_jax.train import train
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
 # One config of each method and kind of tower; FLIP has two phases.
-LOWERED = ("clip_l14", "clip_rn50", "siglip_b16", "lit_b16", "flip_l16", "coca_l14", "aim_600m", "aimv2_l14")
+LOWERED = ("clip_l14", "clip_rn50", "siglip_b16", "lit_b16", "flip_l16", "coca_l14", "aim_600m", "aimv2_l14", "lm_1b7")
 PAPER = {  # image width, depth, patch, size; embed; learning rate; steps: Radford et al. 2021, tables 18 to 20
     "clip_b32": (768, 12, 32, 224, 512, 5e-4, 390_625),
     "clip_b16": (768, 12, 16, 224, 512, 5e-4, 390_625),

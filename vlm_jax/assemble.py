@@ -178,7 +178,9 @@ def build_evaluators(
     method, dtype = config.objective.without_dropping(), config.compute_dtype(mesh.devices.flat[0].platform)
     plain_views = dataclasses.replace(config.data, augment=None)
     held_out = HeldOut(
-        method.build(config.data.preprocess, dtype), config.objective.make_example(tokenizer, plain_views)
+        method.build(config.data.preprocess, dtype),
+        config.objective.make_example(tokenizer, plain_views),
+        lambda source: config.objective.arrange(source, tokenizer, plain_views, cache_dir),
     )
     encoder = MeshEncoder(objective, tokenizer, config.objective.image_size, mesh, config.data.batch_size, held_out)
     return [(entry.every, entry.build(encoder, cache_dir)) for entry in config.evals]

@@ -146,6 +146,38 @@ def text_flops(*, width: int, depth: int, mlp_dim: int, tokens: int, embed_dim: 
     return transformer_flops(width, depth, mlp_dim, tokens) + pooling + 2 * width * embed_dim
 
 
+def decoder_flops(
+    *,
+    width: int,
+    depth: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    mlp_dim: int,
+    vocab_size: int,
+    tokens: int,
+    gated: bool = True,
+) -> int:
+    """Forward FLOPs of a language model for one row of `tokens`, with logits at each; embeddings are looked up free.
+
+    Attention counts in full though it is causal, as in `transformer_flops`.
+
+    Args:
+        width: of the residual stream.
+        depth: number of blocks.
+        heads: heads of queries.
+        kv_heads: heads of keys and of values.
+        head_dim: channels of a head.
+        mlp_dim: hidden width of the MLP.
+        vocab_size: rows of the head.
+        tokens: tokens of the row.
+        gated: whether the MLPs have gates.
+    """
+    projections = (2 * heads + 2 * kv_heads) * head_dim + (3 if gated else 2) * mlp_dim
+    attention = 2 * (2 * tokens * tokens * heads * head_dim)
+    return depth * (2 * tokens * width * projections + attention) + 2 * tokens * width * vocab_size
+
+
 def count_dot_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """Counts the FLOPs of all matrix products and convolutions of `function` from its jaxpr, without running it.
 

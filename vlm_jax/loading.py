@@ -1,5 +1,6 @@
 """`vlm_jax.load`: a trained or imported model, ready to be used in plain Flax, with its own tokenizer and images."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,10 @@ from jax.sharding import Mesh
 
 from vlm_jax.assemble import Restored, open_checkpoint
 from vlm_jax.data import images
+from vlm_jax.data.text_rows import prompt_ids
+from vlm_jax.models.generation import GenerationConfig
+
+LIKELIEST = GenerationConfig()
 
 
 class Model:
@@ -35,6 +40,7 @@ class Model:
         self.module: nn.Module = objective.module
         self._outputs = jax.jit(lambda params, batch: objective.outputs(params, batch, intermediates=True))
         self._image, self._text = jax.jit(objective.image_features), jax.jit(objective.text_features)
+        self._continue = jax.jit(objective.continue_texts, static_argnums=3)
 
     def apply(self, params: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Named outputs of the model on a batch.
@@ -88,6 +94,34 @@ class Model:
         """Texts, or token ids [B, L], -> features [B, E] of unit length, fp32."""
         tokens = texts if isinstance(texts, np.ndarray | jax.Array) else self.tokenize(texts)
         return self._text(self.params, tokens)
+
+    def write(self, prompts: Sequence[str], config: GenerationConfig = LIKELIEST, seed: int | None = None) -> list[str]:
+        """Continues texts, by a language model; returns what follows each.
+
+        Args:
+            prompts: the texts; one may be empty where the tokenizer has a start token.
+            config: how; without `eos_ids` a text ends with the tokenizer's end token.
+            seed: of sampling; None takes the likeliest tokens.
+
+        Raises:
+            ValueError: a prompt without a token, or a checkpoint without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint holds no tokenizer; import it again with --tokenizer=FILE")
+        rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        if not all(rows):
+            raise ValueError("a prompt holds no token, and this tokenizer has no start token to begin with")
+        # In steps of 64, so that texts of like lengths share one compiled program.
+        length = -(-max(map(len, rows)) // 64) * 64
+        ids, valid = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+        for place, row in enumerate(rows):
+            ids[place, -len(row) :], valid[place, -len(row) :] = row, True
+        if not config.eos_ids and self.tokenizer.eos_id >= 0:
+            config = dataclasses.replace(config, eos_ids=(self.tokenizer.eos_id,))
+        keys = None if seed is None else jax.random.split(jax.random.key(seed), len(rows))
+        written = self._continue(self.params, ids, valid, config, keys)
+        texts = zip(np.asarray(written.ids), np.asarray(written.lengths), strict=True)
+        return [self.tokenizer.encoder.decode([i for i in row[:n] if i not in config.eos_ids]) for row, n in texts]
 
 
 def load(path: str | os.PathLike[str], mesh: Mesh | None = None) -> Model:

@@ -114,7 +114,7 @@ class _Run:
         self.state: TrainState = self._first_state() if restored is None else restored[0]
         self.step = int(meta.get("step", 0))
         self.loader = TrainLoader(
-            self.source,
+            config.objective.arrange(self.source, self.tokenizer, config.data, index_directory(workdir)),
             config.objective.make_example(self.tokenizer, config.data),
             config.data.batch_size,
             config.seed,

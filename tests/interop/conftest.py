@@ -5,6 +5,7 @@ import importlib.util
 _NEED_TORCH = (
     "test_clip_parity.py",
     "test_coca_parity.py",
+    "test_decoder_parity.py",
     "test_presets_parity.py",
     "test_resnet_parity.py",
     "test_exports_load.py",

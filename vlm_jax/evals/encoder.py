@@ -140,7 +140,7 @@ class MeshEncoder:
         """Every record that the method can use once, in order."""
         assert self._held_out is not None, "asked for without offering it"
         rows = SeededRows(self._held_out.make_example, seed)
-        return eval_batches(Numbered(source), rows, self.batch_size, self._mesh)
+        return eval_batches(Numbered(self._held_out.arrange(source)), rows, self.batch_size, self._mesh)
 
     def training_batches(
         self, source: Source, augment: AugmentConfig, batch_size: int, seed: int

@@ -3,7 +3,7 @@
 Which evaluation asks for it is `held_out_loss`; no loss is defined here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -26,10 +26,16 @@ class HeldOut:
     Args:
         objective: the method with nothing dropped.
         make_example: a record as a row of its batches, on the evaluation view.
+        arrange: a source of documents as one of the records that `make_example` takes.
     """
 
-    def __init__(self, objective: ModelObjective, make_example: MakeExample):
-        self.objective, self.make_example = objective, make_example
+    def __init__(
+        self,
+        objective: ModelObjective,
+        make_example: MakeExample,
+        arrange: Callable[[Source], Source] = lambda source: source,
+    ):
+        self.objective, self.make_example, self.arrange = objective, make_example, arrange
         self._whole, self._rows = jax.jit(self._batch_loss), jax.jit(jax.vmap(self._row_loss, in_axes=(None, 0, 0)))
         self._embed, self._pair_loss = jax.jit(self._embeddings), jax.jit(self._loss_of_sums)
 

@@ -5,7 +5,7 @@ python -m vlm_jax.interop import --from=FILE_OR_DIR --to=DIR [--family=hf|open_c
                                  [--preprocess=clip|siglip|imagenet|inception|dalle]
                                  [--allow_unexpected]
 python -m vlm_jax.interop export --from=CHECKPOINT --to=DIR --family=hf|open_clip|big_vision|official
-                                 [--dtype=float16]
+                                 [--dtype=float16|bfloat16]
 """
 
 import argparse
@@ -45,7 +45,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     importer.add_argument("--preprocess", default="", choices=list(KNOWN), help="where no file tells it")
     importer.add_argument("--allow_unexpected", action="store_true", help="pass over names without a place")
     exporter.add_argument("--family", choices=LIBRARIES, required=True, help="whose files to write")
-    exporter.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the stored weights")
+    exporter.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights"
+    )
     return parser.parse_args(arguments)
 
 

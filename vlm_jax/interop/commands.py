@@ -17,14 +17,13 @@ from vlm_jax.config import Config, TrainConfig, to_json
 from vlm_jax.data.bpe import MAX_MERGES, ClipBpe
 from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
-from vlm_jax.data.text import ClipBpeConfig, Tokenizer
+from vlm_jax.data.text import Tokenizer
 from vlm_jax.interop import files
 from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.preprocess import KNOWN, export_preprocess, import_preprocess
 from vlm_jax.interop.registry import FORMATS, for_export, recognise
 from vlm_jax.interop.tables import ConversionError, from_params, to_params, without_constants
 from vlm_jax.interop.tokenizer_export import export_tokenizer
-from vlm_jax.interop.tokenizer_import import import_tokenizer
 from vlm_jax.loading import Model, load
 from vlm_jax.objectives.base import ObjectiveConfig
 from vlm_jax.objectives.image_text import ImageTextConfig
@@ -79,13 +78,13 @@ def import_weights(
     tensors = without_constants(tensors, found.constants(model), found.title)
     params = to_params(tensors, found.rows(model), found.shapes(model), found.title, allow_unexpected=allow_unexpected)
     objective = found.objective(model)
-    view = _preprocess(found, preprocess, preprocess_settings, objective.image_size)
-    data, built = DataConfig(preprocess=view), None
-    note, detail = "it reads no text", objective.kind()
+    view = PreprocessConfig()
+    if found.reads_images:
+        view = _preprocess(found, preprocess, preprocess_settings, objective.image_size)
+    data, built, note = DataConfig(preprocess=view), None, "it reads no text"
     if objective.reads_text:
-        built, note = import_tokenizer(weights.folder, tokenizer, model.text)
-        settings = built.config if built else ClipBpeConfig(length=model.text.length)
-        data, detail = dataclasses.replace(data, tokenizer=settings), model.text.activation
+        built, note, settings = found.tokenizer(weights.folder, tokenizer, model)
+        data = dataclasses.replace(data, tokenizer=settings)
     config = _config(objective, data)
     if built is not None:
         objective.check_tokenizer(built)
@@ -97,9 +96,10 @@ def import_weights(
         preprocess=schema.to_dict(view),
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    images = f"images: {view.resize}, mean {view.mean}, std {view.std}" if found.reads_images else "it reads no images"
     return (
-        f"imported {count:,} parameters of {found.title} ({detail}) into {target}; images: "
-        f"{view.resize}, mean {view.mean}, std {view.std}; {note}"
+        f"imported {count:,} parameters of {found.title} ({found.remark(objective, model)}) into {target}; "
+        f"{images}; {note}"
     )
 
 
@@ -138,14 +138,17 @@ def _config(objective: ObjectiveConfig, data: DataConfig) -> Config:
     return config
 
 
-def export_weights(source: Path, target: Path, *, family: Library, dtype: str = "float32") -> str:
+def export_weights(
+    source: Path, target: Path, *, family: Library, dtype: str = "float32", shard_bytes: int = files.SHARD_BYTES
+) -> str:
     """Writes a checkpoint of ours as a directory that the library loads, with preprocessing and tokenizer.
 
     Args:
         source: a workdir, a step directory or an imported checkpoint.
         target: the directory to write; made if need be.
         family: the library.
-        dtype: of the stored floats, "float32" or "float16".
+        dtype: of the stored floats, "float32", "float16" or "bfloat16".
+        shard_bytes: a safetensors file is split where it would be larger, with an index beside the parts.
 
     Returns:
         A sentence that says what was written, and what of the tokenizer could not be.
@@ -161,18 +164,21 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
     found = for_export(config, family)
     settings = found.write_config(config)
     view = {}
-    if family in ("hf", "open_clip"):
+    if found.reads_images and family in ("hf", "open_clip"):
         side = objective.image_size
         view = export_preprocess(model.config.data.preprocess, (side, side), family)
     params = jax.tree.map(np.asarray, found.parameters(ours))
     tensors = from_params(params, found.rows(config), found.title) | found.constants(config)
     tensors = found.published(tensors)
     files.make_directory(target)
-    files.write_weights(target / WEIGHT_FILES[family], tensors, dtype)
+    files.write_weights(target / WEIGHT_FILES[family], tensors, dtype, shard_bytes)
     note = _write_tokenizer(model, target, family, settings)
     if family == "hf":
+        if not found.reads_images:
+            settings |= {"dtype": dtype} | _special_ids(model.tokenizer)
         files.write_json(target / "config.json", settings)
-        files.write_json(target / "preprocessor_config.json", view)
+        if found.reads_images:
+            files.write_json(target / "preprocessor_config.json", view)
     elif family == "open_clip":
         files.write_json(target / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": view})
     return f"exported {len(tensors)} tensors as {found.title} to {target}; tokenizer: {note}"
@@ -204,6 +210,14 @@ def _write_tokenizer(model: Model, target: Path, family: Library, settings: dict
         # Any name will do: beside a local folder's weights the library reads the folder's tokenizer.
         settings["text_cfg"]["hf_tokenizer_name"] = target.name
     return note
+
+
+def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
+    """What begins, ends and fills up a text, as a language model's config.json says it."""
+    if tokenizer is None:
+        return {}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return {name: value for name, value in ids.items() if value >= 0}
 
 
 def _is_clips(tokenizer: Tokenizer) -> bool:

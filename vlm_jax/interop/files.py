@@ -27,6 +27,7 @@ WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
     "model.npz",
 )
+SHARD_BYTES = 5_000_000_000  # of one file of weights
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
@@ -186,13 +187,14 @@ def _writing(path: Path) -> Iterator[None]:
         raise WeightsError(f"{path} can't be written: {why}; make room, or give another directory") from error
 
 
-def write_weights(file: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> None:
+def write_weights(file: Path, tensors: Mapping[str, np.ndarray], dtype: str, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a safetensors file as PyTorch's libraries expect it, or a *.npz, floats in `dtype`, integers as they are.
 
     Args:
         file: its suffix tells which of the two.
         tensors: name -> array.
-        dtype: "float32" or "float16".
+        dtype: "float32", "float16" or "bfloat16".
+        shard_bytes: more than these are written as several safetensors and `FILE.index.json`, as transformers does.
 
     Raises:
         WeightsError: it can't be written.
@@ -203,7 +205,29 @@ def write_weights(file: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> 
         if file.suffix == ".npz":
             np.savez(file, **cast)  # pyright: ignore[reportArgumentType] - the names are no other argument's
         else:
-            save_file(cast, file, {"format": "pt"})
+            _save_shards(file, cast, shard_bytes)
+
+
+def _save_shards(file: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int) -> None:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], file, {"format": "pt"})
+        return
+    where = {}
+    for number, shard in enumerate(shards, 1):
+        part = file.with_name(f"{file.stem}-{number:05d}-of-{len(shards):05d}{file.suffix}")
+        save_file(shard, part, {"format": "pt"})
+        where |= dict.fromkeys(shard, part.name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    write_json(file.with_name(f"{file.name}.index.json"), index)
 
 
 def _stored(value: np.ndarray, dtype: str) -> np.dtype[Any]:

@@ -1,12 +1,14 @@
 """What a format is: one library's files of one architecture. The formats are modules of their own, see `registry`."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.data.text import ClipBpeConfig, Tokenizer, TokenizerConfig
 from vlm_jax.interop.layouts import Shape
 from vlm_jax.interop.tables import (
     ConversionError,
@@ -18,6 +20,7 @@ from vlm_jax.interop.tables import (
     shape_of,
     without_wrappers,
 )
+from vlm_jax.interop.tokenizer_import import import_tokenizer
 from vlm_jax.models.coca import CoCaModelConfig
 from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.models.mlp import ACTIVATIONS
@@ -40,11 +43,13 @@ class Format:
         library: whose format it is.
         title: in messages, "open_clip's ResNet CLIP".
         preprocess: name in `preprocess.KNOWN` of what all models of the format share; "" where files must tell it.
+        reads_images: false for models of text alone.
     """
 
     library: Library
     title: str
     preprocess: str = ""
+    reads_images: bool = True
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
         """The tensors under the names of `rows`: prefixes of wrappers removed, constants dropped."""
@@ -74,6 +79,21 @@ class Format:
     def objective(self, model: Any) -> ObjectiveConfig:
         """The method whose parameters are just what the weights hold, around the config of `read_config`."""
         raise TypeError(f"{type(self).__name__} defines no objective")
+
+    def remark(self, objective: ObjectiveConfig, model: Any) -> str:
+        """What is said of an imported model in brackets: for one with a text tower its activation."""
+        return model.text.activation if objective.reads_text else objective.kind()
+
+    def tokenizer(self, folder: Path, flag: str, model: Any) -> tuple[Tokenizer | None, str, TokenizerConfig]:
+        """The tokenizer of a model that reads text, a remark for the user, and the settings that a run of it has.
+
+        Args:
+            folder: where the weights lie.
+            flag: see `tokenizer_import.import_tokenizer`.
+            model: the config of `read_config`.
+        """
+        built, note = import_tokenizer(folder, flag, model.text)
+        return built, note, built.config if built else ClipBpeConfig(length=model.text.length)
 
     def claims(self, config: Any) -> bool:
         """Whether a model of ours with this config would be exported in this format."""

@@ -11,6 +11,7 @@ from vlm_jax.interop.dinov2 import HfDinov2, OfficialDinov2
 from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.hf_beit import HfBeit
 from vlm_jax.interop.hf_clip import HfClip
+from vlm_jax.interop.hf_decoder import HfDecoder
 from vlm_jax.interop.hf_siglip import HfSiglip
 from vlm_jax.interop.hf_swin import HfSwinSimMim
 from vlm_jax.interop.hf_vit_mae import HfViTMae
@@ -45,6 +46,7 @@ FORMATS: tuple[Format, ...] = (
     HfAimv2(),
     HfDinov2(),
     OfficialDinov2(),
+    HfDecoder(),
 )
 
 

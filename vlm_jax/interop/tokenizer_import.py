@@ -57,6 +57,50 @@ def import_tokenizer(folder: Path, flag: str, text: TextConfig) -> tuple[Tokeniz
     return tokenizer, f"tokenizer: CLIP's, assumed from the {text.vocab_size} ids of the model"
 
 
+def import_document_tokenizer(folder: Path, flag: str, length: int) -> tuple[Tokenizer | None, str]:
+    """As `import_tokenizer`, for a language model: documents end with the end token.
+
+    Whether they begin with a start token, and which tokens these are, tokenizer_config.json says.
+
+    Args:
+        folder: where the weights lie.
+        flag: see `import_tokenizer`.
+        length: tokens of a row.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    if flag == NO_TOKENIZER:
+        return None, "no tokenizer is stored, as --tokenizer=none asks"
+    names = ("tokenizer.model", FILE_NAME)
+    found = [Path(flag)] if flag else [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        return None, "no tokenizer is stored: no file of one lies beside the weights, pass --tokenizer=FILE"
+    file = found[0]
+    settings_file = file.parent / "tokenizer_config.json"
+    settings = files.read_json(settings_file) if settings_file.is_file() else {}
+    if CONVENTIONS in settings and file.suffix == ".json":
+        config = schema.from_dict(HfTokenizerConfig, {"kind": "hf", **settings[CONVENTIONS]}, str(settings_file))
+        config = dataclasses.replace(config, length=length, path=str(file))
+        return build_tokenizer(config, None), f"tokenizer: {file}"
+    # Llama's and Gemma's classes put the start token first and say so only if they don't.
+    usual = settings.get("tokenizer_class", "").startswith(("Llama", "Gemma")) or file.suffix == ".model"
+    common: dict[str, Any] = {"length": length, "sticky_eos": False, "lower": False, "path": str(file)}
+    common["bos"] = bool(settings.get("add_bos_token", usual))
+    if file.suffix == ".model":
+        config = SentencePieceConfig(**common)
+    else:
+        names = {f"{role}_token": _content(settings.get(f"{role}_token")) for role in ("bos", "eos", "pad")}
+        config = dataclasses.replace(HfTokenizerConfig(**common), **names)
+    tokenizer = build_tokenizer(config, None)
+    return tokenizer, f"tokenizer: {tokenizer.config.kind()} of {tokenizer.vocab_size} ids from {file}"
+
+
+def _content(token: Any) -> str:
+    """A token of tokenizer_config.json, which is a text or an object that holds one."""
+    return (token["content"] if isinstance(token, dict) else token) or ""
+
+
 def _read(file: Path, text: TextConfig) -> Tokenizer:
     if file.suffix == ".model":
         return _sentencepieces(file, text)

@@ -1,6 +1,6 @@
 """The one attention of every tower, and the choice of its kernel. Masks are built by the towers, not here."""
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vlm_jax.mesh import constrain
 from vlm_jax.models.initializers import Initializers
 from vlm_jax.models.linear import Linear
+from vlm_jax.models.rotary import Rotary, rotate
 from vlm_jax.models.softmax_attention import softmax_attention
 from vlm_jax.models.splash import splash_attention
 
@@ -20,13 +21,21 @@ AttentionImpl = Literal["auto", "xla", "cudnn", "flash"]
 FLASH_MIN_LENGTH = 1024
 
 
+class KeyValues(NamedTuple):
+    """Keys, after their rotation, and values: [B, S, K, D] each, or of a stack of layers [L, B, S, K, D]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
 def attend(
     q_BxTxHxD: jax.Array,
-    k_BxSxHxD: jax.Array,
-    v_BxSxHxD: jax.Array,
+    k_BxSxKxD: jax.Array,
+    v_BxSxKxD: jax.Array,
     *,
     bias: jax.Array | None = None,
     mask: jax.Array | None = None,
+    segments_BxT: jax.Array | None = None,
     causal: bool = False,
     impl: AttentionImpl = "auto",
 ) -> jax.Array:
@@ -34,10 +43,12 @@ def attend(
 
     Args:
         q_BxTxHxD: queries.
-        k_BxSxHxD: keys.
-        v_BxSxHxD: values.
+        k_BxSxKxD: keys, of as many heads as the queries, or of K that divide H: each then serves H / K heads of
+            queries (Ainslie et al. 2023, GQA).
+        v_BxSxKxD: values.
         bias: added to the logits; 4 axes that broadcast to [B, H, T, S].
         mask: bool, True where attention is allowed; 4 axes that broadcast to [B, H, T, S].
+        segments_BxT: int32, for tokens that attend to themselves (S = T): those of other numbers are not seen.
         causal: whether query t sees keys 0..t only.
         impl: the kernel. "auto" takes cuDNN on GPU and Pallas on TPU where they apply and pay, XLA elsewhere.
 
@@ -50,10 +61,13 @@ def attend(
     platform = _platform()
     if impl == "auto":
         impl = _choose(platform, q_BxTxHxD, bias, mask)
+    if segments_BxT is not None and impl != "flash":
+        same = segments_BxT[:, None, :, None] == segments_BxT[:, None, None, :]
+        mask = same if mask is None else mask & same
     if impl == "cudnn":
         bias = None if bias is None else bias.astype(q_BxTxHxD.dtype)  # cuDNN wants one dtype
         return jax.nn.dot_product_attention(
-            q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, bias, mask, is_causal=causal, implementation="cudnn"
+            q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, bias, mask, is_causal=causal, implementation="cudnn"
         )
     if impl == "flash":
         if bias is not None or not _masks_keys_only(mask):
@@ -61,11 +75,39 @@ def attend(
                 "attention_impl 'flash' takes masks over keys (shape [B, 1, 1, S]) and no bias; "
                 "use attention_impl 'xla' or 'auto' for this model"
             )
-        batch, keys = k_BxSxHxD.shape[:2]
+        batch, keys = k_BxSxKxD.shape[:2]
         key_mask = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, keys))
         return splash_attention(
-            q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, key_mask_BxS=key_mask, causal=causal, interpret=platform != "tpu"
+            q_BxTxHxD,
+            k_BxSxKxD,
+            v_BxSxKxD,
+            key_mask_BxS=key_mask,
+            segments_BxT=segments_BxT,
+            causal=causal,
+            interpret=platform != "tpu",
         )
+    return _grouped(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, bias, mask, causal)
+
+
+def _grouped(
+    q_BxTxHxD: jax.Array,
+    k_BxSxKxD: jax.Array,
+    v_BxSxKxD: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    causal: bool,
+) -> jax.Array:
+    """XLA's attention where a head of keys may serve several of queries."""
+    batch, queries, heads, depth = q_BxTxHxD.shape
+    kv_heads = k_BxSxKxD.shape[2]
+    if kv_heads == heads:
+        return softmax_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, bias, mask, causal)
+    if queries == 1 and bias is None and not causal and (mask is None or mask.shape[1:3] == (1, 1)):
+        # A token that is generated: the group's queries as queries of one head, so that no cache is copied.
+        q_BxGxKxD = q_BxTxHxD.reshape(batch, kv_heads, heads // kv_heads, depth).swapaxes(1, 2)
+        out_BxGxKxD: Any = softmax_attention(q_BxGxKxD, k_BxSxKxD, v_BxSxKxD, None, mask, False)
+        return out_BxGxKxD.swapaxes(1, 2).reshape(batch, 1, heads, depth)
+    k_BxSxHxD, v_BxSxHxD = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k_BxSxKxD, v_BxSxKxD))
     return softmax_attention(q_BxTxHxD, k_BxSxHxD, v_BxSxHxD, bias, mask, causal)
 
 
@@ -79,8 +121,9 @@ def _choose(platform: str, q: jax.Array, bias: jax.Array | None, mask: jax.Array
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     # cuDNN has no gradient of a bias between odd numbers of tokens
     takes_bias = bias is None or bias.shape[-2] % 2 == bias.shape[-1] % 2 == 0
-    if platform in ("gpu", "cuda") and half and takes_bias and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-        return "cudnn"
+    generating = q.shape[1] == 1 and mask is not None  # from a cache: nothing to tile
+    if platform in ("gpu", "cuda") and half and takes_bias and not generating:
+        return "cudnn" if q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 else "xla"
     if platform == "tpu" and q.shape[1] >= FLASH_MIN_LENGTH and bias is None and _masks_keys_only(mask):
         return "flash"
     return "xla"
@@ -94,12 +137,14 @@ class Attention(nn.Module):
     """Multi-head attention; over x itself, or from x to a context.
 
     Attributes:
-        heads: number of heads; divides the width.
+        heads: number of heads; divides the width unless `head_dim` is given.
         initializers: those of the tower.
         qkv_bias: whether query, key and value have biases.
+        impl: see `attend`.
         key_bias: false leaves the keys without one all the same (BEiT).
         out_bias: whether the output projection has one.
-        impl: see `attend`.
+        kv_heads: heads of keys and values; 0: as many as `heads`.
+        head_dim: channels of a head; 0: the width divided by `heads`.
         dtype: compute dtype.
     """
 
@@ -109,9 +154,10 @@ class Attention(nn.Module):
     impl: AttentionImpl = "auto"
     key_bias: bool = True
     out_bias: bool = True
+    kv_heads: int = 0
+    head_dim: int = 0
     dtype: Dtype = jnp.float32
 
-    @nn.compact
     def __call__(
         self,
         x_BxTxD: jax.Array,
@@ -122,12 +168,50 @@ class Attention(nn.Module):
         causal: bool = False,
     ) -> jax.Array:
         """[B, T, D] (and a context [B, S, C]) -> [B, T, D]; `bias`, `mask` and `causal` as in `attend`."""
+        return self.with_keys(x_BxTxD, context_BxSxC, bias=bias, mask=mask, causal=causal)[0]
+
+    @nn.compact
+    def with_keys(
+        self,
+        x_BxTxD: jax.Array,
+        context_BxSxC: jax.Array | None = None,
+        *,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        segments_BxT: jax.Array | None = None,
+        causal: bool = False,
+        angles: Rotary | None = None,
+        cache: KeyValues | None = None,
+        slot: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValues]:
+        """As a call, and what a cache needs of it.
+
+        Args:
+            x_BxTxD: tokens.
+            context_BxSxC: see the call.
+            bias: as in `attend`.
+            mask: as in `attend`.
+            segments_BxT: as in `attend`.
+            causal: as in `attend`.
+            angles: by which queries and keys are rotated; None: not at all.
+            cache: [B, S, K, D], what is attended to once the tokens' own keys and values stand in it.
+            slot: () int32, where in the cache those begin.
+
+        Returns:
+            [B, T, D], and the tokens' own keys and values [B, T, K, D].
+        """
         width = x_BxTxD.shape[-1]
         sources = {"query": x_BxTxD, "key": x_BxTxD, "value": x_BxTxD}
         if context_BxSxC is not None:
             sources |= {"key": context_BxSxC, "value": context_BxSxC}
-        q, k, v = (self._split_heads(name, source, width // self.heads) for name, source in sources.items())
-        context = attend(q, k, v, bias=bias, mask=mask, causal=causal, impl=self.impl)
+        q, k, v = (self._split_heads(name, source, width) for name, source in sources.items())
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        own = KeyValues(k, v)
+        if cache is not None:
+            assert slot is not None, "a cache is written at a slot"
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, 1) for old, new in zip(cache, own, strict=True))
+        context = attend(q, k, v, bias=bias, mask=mask, segments_BxT=segments_BxT, causal=causal, impl=self.impl)
         context = checkpoint_name(constrain(context, "batch", "length", "heads", "kv"), "context")
         out = Linear(
             (width,),
@@ -138,11 +222,12 @@ class Attention(nn.Module):
             dtype=self.dtype,
             name="out",
         )
-        return out(context)
+        return out(context), own
 
-    def _split_heads(self, name: str, x: jax.Array, head_dim: int) -> jax.Array:
+    def _split_heads(self, name: str, x: jax.Array, width: int) -> jax.Array:
+        heads = self.heads if name == "query" else self.kv_heads or self.heads
         linear = Linear(
-            (self.heads, head_dim),
+            (heads, self.head_dim or width // self.heads),
             ("embed", "heads", "kv"),
             self.initializers.qkv_kernel,
             use_bias=self.qkv_bias and (self.key_bias or name != "key"),

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax.nn.initializers import normal, truncated_normal, zeros
 
 Initializer = Callable[..., jax.Array]
-InitName = Literal["clip_image", "clip_text", "siglip", "mae", "aim", "vit", "swin", "beit", "dinov2"]
+InitName = Literal[
+    "clip_image", "clip_text", "siglip", "mae", "aim", "vit", "swin", "beit", "dinov2", "llama", "smollm"
+]
 
 
 class Initializers(NamedTuple):
@@ -225,6 +227,19 @@ def dinov2(width: int, depth: int, mlp_dim: int) -> Initializers:
     )
 
 
+def llama(width: int, depth: int, mlp_dim: int) -> Initializers:
+    """Normal of spread 0.02 with zero biases: what transformers gives Llama, Qwen2 and Gemma (`initializer_range`)."""
+    return vit(width, depth, mlp_dim)
+
+
+def smollm(width: int, depth: int, mlp_dim: int) -> Initializers:
+    """SmolLM (published configs): spread width^-1/2, and for residual writers over sqrt(2 depth), as nanotron does."""
+    spread, writers = normal(width**-0.5), normal(width**-0.5 * (2 * max(depth, 1)) ** -0.5)
+    return vit(width, depth, mlp_dim)._replace(
+        qkv_kernel=spread, fc1_kernel=spread, token=spread, out_kernel=writers, fc2_kernel=writers
+    )
+
+
 INITIALIZERS: dict[str, Callable[[int, int, int], Initializers]] = {
     "clip_image": clip_image,
     "clip_text": clip_text,
@@ -235,4 +250,6 @@ INITIALIZERS: dict[str, Callable[[int, int, int], Initializers]] = {
     "swin": swin,
     "beit": beit,
     "dinov2": dinov2,
+    "llama": llama,
+    "smollm": smollm,
 }

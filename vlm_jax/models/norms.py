@@ -9,7 +9,7 @@ from jax.nn.initializers import ones, zeros
 
 from vlm_jax.models.weights import weight
 
-NormName = Literal["layer", "rms"]
+NormName = Literal["layer", "rms", "rms_offset"]
 
 
 class LayerNorm(nn.Module):
@@ -50,10 +50,32 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D], in x's dtype."""
-        scale = weight(self, "scale", ones, (None,), (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + self.eps)
-        return (normed * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+        return _rms_normed(x, weight(self, "scale", ones, (None,), (x.shape[-1],)), self.eps)
 
 
-NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer": LayerNorm, "rms": RMSNorm}
+class OffsetRMSNorm(nn.Module):
+    """RMS norm whose stored scale is what is added to 1 (Gemma), so that it starts at 0 and decay pulls it to 1.
+
+    Attributes:
+        eps: added to the mean square.
+    """
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D], in x's dtype."""
+        return _rms_normed(x, 1.0 + weight(self, "scale", zeros, (None,), (x.shape[-1],)), self.eps)
+
+
+def _rms_normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + eps)
+    return (normed * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+
+
+NORMS: dict[str, type[LayerNorm] | type[RMSNorm] | type[OffsetRMSNorm]] = {
+    "layer": LayerNorm,
+    "rms": RMSNorm,
+    "rms_offset": OffsetRMSNorm,
+}

@@ -2,13 +2,16 @@
 
 CLIP's sizes are those of Radford et al. 2021, tables 19 and 20; the larger ViTs are open_clip's (LAION-2B); SigLIP's
 are Zhai et al. 2023 and Tschannen et al. 2025 (SigLIP 2, the variants of fixed resolution), as released. DINOv2's,
-image towers alone, are those of Oquab et al. 2024 (table 17), and with registers of Darcet et al. 2024.
+image towers alone, are those of Oquab et al. 2024 (table 17), and with registers of Darcet et al. 2024. Language
+models, decoders alone, have the sizes of their released config files.
 """
 
 import math
 from typing import Any
 
+from vlm_jax.models.decoder import DecoderConfig
 from vlm_jax.models.resnet import ResNetConfig
+from vlm_jax.models.rotary import PlainRope
 from vlm_jax.models.text import TextConfig
 from vlm_jax.models.two_tower import TwoTowerConfig
 from vlm_jax.models.vit import ViTConfig
@@ -143,6 +146,72 @@ def dinov2(width: int, depth: int, *, registers: int = 0, swiglu: bool = False, 
     )
 
 
+def llama(width: int, depth: int, heads: int, mlp_dim: int) -> DecoderConfig:
+    """A Llama 2, or a Vicuna 1.5, which has its sizes: as many heads of keys as of queries, a head of its own."""
+    return DecoderConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        kv_heads=heads,
+        mlp_dim=mlp_dim,
+        vocab_size=32_000,
+        tied=False,
+        rope=PlainRope(theta=10_000.0),
+        max_length=4096,
+    )
+
+
+def smollm2(width: int, depth: int, heads: int, kv_heads: int, mlp_dim: int, theta: float = 100_000.0) -> DecoderConfig:
+    """A SmolLM2 (Ben Allal et al. 2025): heads 64 wide, a tied head."""
+    return DecoderConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        kv_heads=kv_heads,
+        mlp_dim=mlp_dim,
+        vocab_size=49_152,
+        rope=PlainRope(theta=theta),
+        max_length=8192,
+        init="smollm",
+    )
+
+
+def qwen2(width: int, depth: int, heads: int, kv_heads: int, mlp_dim: int, *, large: bool = False) -> DecoderConfig:
+    """A Qwen2 or Qwen2.5: biases on query, key and value; `large` has a head of its own and a padded vocabulary."""
+    return DecoderConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        kv_heads=kv_heads,
+        mlp_dim=mlp_dim,
+        norm_eps=1e-6,
+        qkv_bias=True,
+        vocab_size=152_064 if large else 151_936,
+        tied=not large,
+        rope=PlainRope(theta=1_000_000.0),
+        max_length=32_768,
+    )
+
+
+def gemma(width: int, depth: int, heads: int, kv_heads: int, mlp_dim: int) -> DecoderConfig:
+    """A Gemma: GeGLU, scaled embeddings, norms whose scale is stored as its offset from 1, heads 256 wide."""
+    return DecoderConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=256,
+        mlp_dim=mlp_dim,
+        activation="gelu_tanh",
+        norm="rms_offset",
+        norm_eps=1e-6,
+        vocab_size=256_000,
+        scaled_embeddings=True,
+        rope=PlainRope(theta=10_000.0),
+        max_length=8192,
+    )
+
+
 def _tower(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     return dict(zip(("width", "depth", "heads", "mlp_dim"), sizes, strict=True))
 
@@ -197,6 +266,21 @@ DINOV2: dict[str, ViTConfig] = {
     for suffix, registers in (("", 0), ("-reg", 4))
     for size, (width, depth) in {"S": (384, 12), "B": (768, 12), "L": (1024, 24), "g": (1536, 40)}.items()
 }
+DECODERS: dict[str, DecoderConfig] = {
+    "Llama-2-7B": llama(4096, 32, 32, 11_008),
+    "Llama-2-13B": llama(5120, 40, 40, 13_824),
+    "Vicuna-7B": llama(4096, 32, 32, 11_008),
+    "Vicuna-13B": llama(5120, 40, 40, 13_824),
+    "SmolLM2-135M": smollm2(576, 30, 9, 3, 1536),
+    "SmolLM2-360M": smollm2(960, 32, 15, 5, 2560),
+    "SmolLM2-1.7B": smollm2(2048, 24, 32, 32, 8192, theta=130_000.0),
+    "Qwen2-0.5B": qwen2(896, 24, 14, 2, 4864),
+    "Qwen2-1.5B": qwen2(1536, 28, 12, 2, 8960),
+    "Qwen2-7B": qwen2(3584, 28, 28, 4, 18_944, large=True),
+    "Gemma-2B": gemma(2048, 18, 8, 1, 16_384),
+    "tiny": DecoderConfig(width=64, depth=2, heads=4, kv_heads=2, mlp_dim=176, vocab_size=512, max_length=512),
+}
+DECODERS |= {name.replace("Qwen2", "Qwen2.5"): sizes for name, sizes in DECODERS.items() if name.startswith("Qwen2")}
 PRESETS: dict[str, TwoTowerConfig] = CLIP | OPEN_CLIP | SIGLIP | SIGLIP2
 
-__all__ = ["CLIP", "DINOV2", "OPEN_CLIP", "PRESETS", "SIGLIP", "SIGLIP2", "dinov2"]
+__all__ = ["CLIP", "DECODERS", "DINOV2", "OPEN_CLIP", "PRESETS", "SIGLIP", "SIGLIP2", "dinov2"]

@@ -34,11 +34,13 @@ class TransformerConfig:
 
     width: int = 768  # of the residual stream
     depth: int = 12  # number of blocks
-    heads: int = 12  # attention heads; divides width
+    heads: int = 12  # attention heads; divides width unless head_dim is given
+    kv_heads: int = 0  # heads of keys and values, each for heads / kv_heads of the queries; 0: as many as heads
+    head_dim: int = 0  # channels of a head; 0: width / heads
     mlp_dim: int = 3072  # hidden width of the MLP
     activation: ActivationName = "quick_gelu"  # of the MLP; "gelu" is the exact one
     gated: bool = False  # whether the MLP has a gate; with "silu" it is SwiGLU
-    norm: NormName = "layer"  # layer norm, or root mean square norm
+    norm: NormName = "layer"  # layer norm, root mean square norm, or that with a scale stored as its offset from 1
     norm_eps: float = 1e-5  # added to the variance in every norm
     qkv_bias: bool = True  # biases on query, key and value
     key_bias: bool = True  # with qkv_bias: whether the keys have one too (BEiT: no)
@@ -60,7 +62,12 @@ class TransformerConfig:
                 yield key, f"= {value} must be at least 1"
         if self.depth < 0:
             yield "depth", f"= {self.depth} must not be negative; 0 leaves the embeddings as they are"
-        if self.heads >= 1 and self.width % self.heads:
+        for key, value in (("kv_heads", self.kv_heads), ("head_dim", self.head_dim)):
+            if value < 0:
+                yield key, f"= {value} must not be negative"
+        if self.kv_heads > 0 and self.heads >= 1 and self.heads % self.kv_heads:
+            yield "kv_heads", f"= {self.kv_heads} does not divide heads = {self.heads}; use 0 for as many as heads"
+        if self.heads >= 1 and not self.head_dim and self.width % self.heads:
             divisors = [h for h in range(1, self.width + 1) if self.width % h == 0 and self.width // h >= 8]
             near = sorted(sorted(divisors, key=lambda h: abs(h - self.heads))[:3])
             yield "heads", f"= {self.heads} does not divide width {self.width}; use one of {near or [1]}"
@@ -93,18 +100,15 @@ class CrossDecoderConfig(TransformerConfig):
         return own + self.depth * cross
 
 
-class Block(nn.Module):
-    """x += attention(ln_1 x); x += mlp(ln_2 x), each branch with optional layer scale, dropout and drop path.
-
-    With a context, attention is from ln_1 x to ln_context(context) instead.
+class ResidualBlock(nn.Module):
+    """What every block of a stack has: its attention, its MLP, and how a branch joins the residual stream.
 
     Attributes:
         config: sizes and rates; an `mlp_dim` of 0 leaves the second branch out.
         initializers: those of the tower.
         causal: whether attention is causal.
-        keep_output: whether to hand the output on beside the carry, for the loop to stack.
+        keep_output: whether to hand an output on beside the carry, for the loop to stack.
         dtype: compute dtype.
-        relative: the tokens between which the block learns a bias of its own, or None.
     """
 
     config: TransformerConfig
@@ -112,6 +116,64 @@ class Block(nn.Module):
     causal: bool
     keep_output: bool
     dtype: Dtype = jnp.float32
+
+    def _attention(self, init: Initializers) -> Attention:
+        config = self.config
+        return Attention(
+            config.heads,
+            init,
+            config.qkv_bias,
+            config.attention_impl,
+            config.key_bias,
+            config.out_bias,
+            config.kv_heads,
+            config.head_dim,
+            dtype=self.dtype,
+            name="attn",
+        )
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return NORMS[self.config.norm](self.config.norm_eps, name=name)(x)
+
+    def _add_attention(self, x: jax.Array, branch: jax.Array, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+        return checkpoint_name(self._add(x, branch, "layer_scale_1", rate, fold_in(keys, 0)), "middle")
+
+    def _add_mlp(self, x: jax.Array, init: Initializers, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+        config = self.config
+        if not config.mlp_dim:
+            return x
+        mlp = MLP(
+            config.mlp_dim,
+            config.activation,
+            init,
+            config.mlp_bias,
+            config.gated,
+            dtype=self.dtype,
+            name="mlp",
+        )
+        return self._add(x, mlp(self._norm("ln_2", x)), "layer_scale_2", rate, fold_in(keys, 1))
+
+    def _add(self, x: jax.Array, branch: jax.Array, scale: str, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
+        config = self.config
+        if config.layer_scale_init is not None:
+            init = constant(config.layer_scale_init)
+            factor = weight(self, scale, init, (None,), (config.width,)).astype(branch.dtype)
+            branch = branch * jnp.broadcast_to(factor, branch.shape)
+        branch = dropout(branch, config.dropout, fold_in(keys, 0))
+        if config.drop_path > 0:
+            branch = drop_path(branch, rate, fold_in(keys, 1))
+        return constrain(x + branch, "batch", "length", "embed")
+
+
+class Block(ResidualBlock):
+    """x += attention(ln_1 x); x += mlp(ln_2 x), each branch with optional layer scale, dropout and drop path.
+
+    With a context, attention is from ln_1 x to ln_context(context) instead.
+
+    Attributes:
+        relative: the tokens between which the block learns a bias of its own, or None.
+    """
+
     relative: RelativeGrid | None = None
 
     @nn.compact
@@ -125,55 +187,18 @@ class Block(nn.Module):
         context_BxSxC: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Carry and output are the same [B, T, D] (or no output); `layer` is (index, drop-path rate), scalars."""
-        config, (index, rate) = self.config, layer
+        index, rate = layer
         keys, init = fold_in(keys, index), self.initializers.at_layer(index)
-        norm = NORMS[config.norm]
         if self.relative is not None:
-            own = RelativePositionBias(self.relative, config.heads, name="relative_position")()
+            own = RelativePositionBias(self.relative, self.config.heads, name="relative_position")()
             bias = own if bias is None else bias + own
-        attention = Attention(
-            config.heads,
-            init,
-            config.qkv_bias,
-            config.attention_impl,
-            config.key_bias,
-            config.out_bias,
-            dtype=self.dtype,
-            name="attn",
-        )
+        attention = self._attention(init)
         if context_BxSxC is not None:
-            context_BxSxC = norm(config.norm_eps, name="ln_context")(context_BxSxC)
-        normed = norm(config.norm_eps, name="ln_1")(x_BxTxD)
-        branch = attention(normed, context_BxSxC, mask=mask, bias=bias, causal=self.causal)
-        x_BxTxD = checkpoint_name(self._add(x_BxTxD, branch, "layer_scale_1", rate, fold_in(keys, 0)), "middle")
-        if config.mlp_dim:
-            x_BxTxD = self._add_mlp(x_BxTxD, init, rate, fold_in(keys, 1))
+            context_BxSxC = self._norm("ln_context", context_BxSxC)
+        branch = attention(self._norm("ln_1", x_BxTxD), context_BxSxC, mask=mask, bias=bias, causal=self.causal)
+        x_BxTxD = self._add_attention(x_BxTxD, branch, rate, keys)
+        x_BxTxD = self._add_mlp(x_BxTxD, init, rate, keys)
         return x_BxTxD, x_BxTxD if self.keep_output else None
-
-    def _add_mlp(self, x: jax.Array, init: Initializers, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
-        config = self.config
-        mlp = MLP(
-            config.mlp_dim,
-            config.activation,
-            init,
-            config.mlp_bias,
-            config.gated,
-            dtype=self.dtype,
-            name="mlp",
-        )
-        branch = mlp(NORMS[config.norm](config.norm_eps, name="ln_2")(x))
-        return self._add(x, branch, "layer_scale_2", rate, keys)
-
-    def _add(self, x: jax.Array, branch: jax.Array, scale: str, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
-        config = self.config
-        if config.layer_scale_init is not None:
-            init = constant(config.layer_scale_init)
-            factor = weight(self, scale, init, (None,), (config.width,)).astype(branch.dtype)
-            branch = branch * jnp.broadcast_to(factor, branch.shape)
-        branch = dropout(branch, config.dropout, fold_in(keys, 0))
-        if config.drop_path > 0:
-            branch = drop_path(branch, rate, fold_in(keys, 1))
-        return constrain(x + branch, "batch", "length", "embed")
 
 
 class CrossBlock(nn.Module):

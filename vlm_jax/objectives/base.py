@@ -17,6 +17,7 @@ from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import Source
 from vlm_jax.data.text import Tokenizer
+from vlm_jax.models.generation import Generated, GenerationConfig
 from vlm_jax.schema import Choice, leaves, override
 from vlm_jax.step import Objective
 
@@ -41,6 +42,7 @@ class ObjectiveConfig(Choice):
             dino,
             dvae,
             encoder,
+            lm,
             mae,
             siglip,
             simmim,
@@ -61,6 +63,7 @@ class ObjectiveConfig(Choice):
             "aim": aim.AimConfig,
             "aimv2": aimv2.Aimv2Config,
             "classify": classify.ClassifyConfig,
+            "lm": lm.LmConfig,
         }
 
     @property
@@ -76,6 +79,17 @@ class ObjectiveConfig(Choice):
     def build(self, preprocess: PreprocessConfig, dtype: Dtype) -> "ModelObjective":
         """The objective; `preprocess` tells the normalisation on the chip, `dtype` is the compute dtype."""
         raise TypeError(f"{type(self).__name__} defines no build")
+
+    def arrange(self, source: Source, tokenizer: Tokenizer | None, data: DataConfig, cache_dir: str) -> Source:
+        """The source whose records `make_example` is given: the run's own, or for packed rows one made of it.
+
+        Args:
+            source: the run's, or an evaluation's.
+            tokenizer: the run's.
+            data: how the records are read.
+            cache_dir: folder for what is worth keeping between starts.
+        """
+        return source
 
     def make_example(self, tokenizer: Tokenizer | None, data: DataConfig) -> MakeExample:
         """What turns a record of the source into a row of a batch; a method that reads text is given a tokenizer."""
@@ -207,6 +221,17 @@ class ModelObjective(Objective):
             and the deviation of the true patch.
         """
         raise TypeError(f"{type(self).__name__} predicts no pixels")
+
+    def continue_texts(
+        self,
+        params: Any,
+        ids_BxT: jax.Array,
+        valid_BxT: jax.Array,
+        config: GenerationConfig,
+        keys: jax.Array | None = None,
+    ) -> Generated:
+        """What follows texts, by a method whose model writes; arguments as of `vlm_jax.models.generation.generate`."""
+        raise TypeError(f"{type(self).__name__} continues no texts")
 
     def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] and int32 texts [P, L] -> fp32 [B, P]; the higher, the better they match."""

@@ -1,4 +1,4 @@
-"""Sources of records: random access by index to images with captions or labels, from files or drawn."""
+"""Sources of records: random access by index to images with captions or labels, or to texts, from files or drawn."""
 
 import dataclasses
 import os
@@ -14,6 +14,7 @@ from vlm_jax.data.sources.parquet import ParquetConfig
 from vlm_jax.data.sources.shapes import ShapesConfig
 from vlm_jax.data.sources.tables import CsvConfig, JsonlConfig
 from vlm_jax.data.sources.tar import TarConfig
+from vlm_jax.data.sources.text_files import TextFilesConfig
 from vlm_jax.data.sources.tfds_source import TfdsConfig
 from vlm_jax.schema import ConfigError
 
@@ -28,6 +29,7 @@ KINDS: dict[str, type[Any]] = {
     "class_folders": ClassFoldersConfig,
     "llava_json": LlavaJsonConfig,
     "parquet": ParquetConfig,
+    "text": TextFilesConfig,
     "mixture": MixtureConfig,
 }
 
@@ -47,6 +49,8 @@ def source_for_path(path: str) -> SourceConfig:
         return ParquetConfig(path=path)
     if lower.endswith((".csv", ".tsv")):
         return CsvConfig(path=path)
+    if lower.endswith(".txt"):
+        return TextFilesConfig(path=path)
     if os.path.isdir(path):
         return _source_for_folder(path)
     if "array_record" in lower:
@@ -73,7 +77,8 @@ def source_at(path: str, source: SourceConfig, path_key: str, source_key: str, c
         with keys_at(f"{source_key}.path", f"{source_key}."):
             return source.build(cache_dir)
     with keys_at(path_key, f"{source_key}."):
-        named = source_for_path(path)
+        # A *.jsonl may hold images with captions or documents: the source that is there tells.
+        named = source if isinstance(source, TextFilesConfig) else source_for_path(path)
     others = f"{source_key}."
     if isinstance(source, type(named)):
         named = dataclasses.replace(source, path=path)
@@ -102,7 +107,7 @@ def _unknown(path: str, what: str) -> ConfigError:
     return ConfigError(
         f"config.data.source.path = {path!r} is {what}; give tar shards (folder, glob, or shard-{{000..009}}.tar), "
         "a .jsonl, .csv or .tsv file, *.array_record files, a folder with a folder per class, a .json or *.parquet of "
-        "conversations, or set config.data.source to a kind and its own keys"
+        "conversations, *.txt files of text, or set config.data.source to a kind and its own keys"
     )
 
 
@@ -123,6 +128,7 @@ __all__ = [
     "Source",
     "SourceConfig",
     "TarConfig",
+    "TextFilesConfig",
     "TfdsConfig",
     "source_at",
     "source_for_path",

@@ -129,7 +129,7 @@ class JsonlSource:
 
     def __init__(self, config: JsonlConfig):
         self.config, self.captions = config, config.caption_keys()
-        self.starts, self.stops = _line_spans(config.table())
+        self.starts, self.stops = line_spans(config.table())
         if not len(self.starts):
             raise ConfigError(f"{config.path} holds no line; give a file with one JSON object per line")
         config.check_keys(self._columns(), config.path, "column")
@@ -194,7 +194,7 @@ class JsonlSource:
         return row
 
 
-def _line_spans(path: str) -> tuple[np.ndarray, np.ndarray]:
+def line_spans(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Byte offsets, first and past the last, of the lines that hold anything but white space."""
     ends, position, last = [], 0, b""
     with open(path, "rb") as file:
