@@ -5,11 +5,14 @@ from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Most of the time of the tests goes into compiling: each of these lines makes it half.
-_FLAGS = ["--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):  # a version that doesn't know a flag aborts
-    _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
-os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
+# Most of the time of the tests goes into compiling, and each of these makes it half. A version of jaxlib that doesn't
+# know a flag aborts.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * version("jaxlib").startswith("0.10."),
+)
 # Size of XLA's thread pools. A virtual device that waits in a collective holds a thread, and a program has several
 # collectives at a time: with as many threads as cores, 8 devices on 2 cores wait for each other for ever.
 os.environ.setdefault("NPROC", "64")
