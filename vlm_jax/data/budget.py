@@ -95,11 +95,12 @@ def _from_config(flags: argparse.Namespace, overrides: dict[str, str]) -> tuple[
 def _from_recipe(flags: argparse.Namespace, overrides: dict[str, str]) -> tuple[Source, ChatExamples]:
     if not flags.recipe:
         raise ConfigError(f"give --config=FILE, or --recipe with one of {', '.join(RECIPES)}")
-    tokenizer: TokenizerConfig = HfTokenizerConfig(path=flags.tokenizer, bos=False, eos=False, sticky_eos=False)
+    pad = "<|im_end|>" if flags.recipe == "nanovlm" else ""
+    tokenizer: TokenizerConfig = HfTokenizerConfig(
+        path=flags.tokenizer, bos=False, eos=False, sticky_eos=False, pad_token=pad
+    )
     if flags.tokenizer.endswith(".model"):
         tokenizer = SentencePieceConfig(path=flags.tokenizer)
-    elif flags.recipe == "nanovlm":
-        tokenizer = dataclasses.replace(tokenizer, pad_token="<|im_end|>")  # pyright: ignore[reportCallIssue]
     if not flags.tokenizer:
         raise ConfigError("--tokenizer is missing; give the *.model or tokenizer.json of the language model")
     chat = RECIPES[flags.recipe]
