@@ -2,17 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
 from vlm_jax import schema
 from vlm_jax.assemble import build_program
-from vlm_jax.config import from_json, load_config, to_json
+from vlm_jax.config import Config, check_same_run, from_json, load_config, to_json
 from vlm_jax.evals.retrieval import RetrievalConfig
 from vlm_jax.mesh import batch_sharding
 from vlm_jax.metrics import read_json
 from vlm_jax.objectives.dual_encoder import DualEncoder
+from vlm_jax.schema import ConfigError
 from vlm_jax.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +46,20 @@ def test_it_resolves_and_survives_being_saved(path: Path) -> None:
         config = load_config(f"{path}{variant}")
         assert from_json(to_json(config)) == config
         assert dict(schema.leaves(config))["config.name"] == path.stem + variant.replace(":", "_")
+
+
+def test_a_key_that_came_after_a_run_was_begun_counts_as_its_default() -> None:
+    def saved_without(config: Config) -> dict[str, Any]:
+        """As a version wrote it that knew neither `dropout` of towers nor `train.max_nonfinite`."""
+        saved = to_json(config)
+        del saved["objective"]["model"]["image"]["dropout"], saved["train"]["max_nonfinite"]
+        return saved
+
+    config = load_config("configs/clip_digits.py")
+    check_same_run(saved_without(config), config, "runs/old")
+    changed = load_config("configs/clip_digits.py", {"objective.model.image.dropout": "0.1"})
+    with pytest.raises(ConfigError, match=r"(?s)runs/old .*config.objective.model.image.dropout: 0.0 -> 0.1$"):
+        check_same_run(saved_without(config), changed, "runs/old")
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -225,7 +225,12 @@ _FREE_ANYWHERE = (".remat", ".scan", ".attention_impl")
 
 
 def check_same_run(saved: Mapping[str, Any], config: Config, workdir: str) -> None:
-    """Raises `ConfigError`, listing every difference, when a workdir belongs to a run of another config."""
+    """Raises `ConfigError`, listing every difference, when a workdir belongs to a run of another config.
+
+    Keys that came after the run was begun count as their defaults, with which it was made.
+    """
+    with contextlib.suppress(ConfigError):  # of keys that are gone, which the comparison then names
+        saved = to_json(from_json(saved))
     lines = [line for line in schema.differences(saved, to_json(config)) if not _is_free(line.partition(":")[0])]
     if lines:
         raise ConfigError(
