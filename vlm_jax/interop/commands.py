@@ -32,6 +32,7 @@ from vlm_jax.optim import AdamW
 
 WEIGHT_FILES: dict[Library, str] = {
     "hf": "model.safetensors",
+    "hf_live": "model.safetensors",
     "open_clip": "open_clip_model.safetensors",
     "big_vision": "model.npz",
     "official": "model.safetensors",
@@ -69,7 +70,7 @@ def import_weights(
     """
     weights = files.read_weights(source)
     found, tensors = recognise(weights.tensors, family)
-    model_settings, preprocess_settings = _settings(weights.settings, found.library)
+    model_settings, preprocess_settings = _settings(weights.settings, found)
     if weights.torchscript:
         # OpenAI published its weights in this form, all of one activation and preprocessing.
         activation, preprocess = activation or "quick_gelu", preprocess or "clip"
@@ -82,6 +83,8 @@ def import_weights(
     if found.reads_images:
         view = _preprocess(found, preprocess, preprocess_settings, objective.image_size)
     data, built, note = DataConfig(preprocess=view), None, "it reads no text"
+    if found.chat() is not None:
+        data = dataclasses.replace(data, chat=found.chat(), augment=None)
     if objective.reads_text:
         built, note, settings = found.tokenizer(weights.folder, tokenizer, model)
         data = dataclasses.replace(data, tokenizer=settings)
@@ -103,12 +106,12 @@ def import_weights(
     )
 
 
-def _settings(found: Mapping[str, Any], library: Library) -> tuple[Any, Any]:
+def _settings(found: Mapping[str, Any], known: Format) -> tuple[Any, Any]:
     """(model settings, preprocessing settings) among the JSON files beside the weights; None where there is none."""
-    if library == "open_clip":
+    if known.library == "open_clip":
         settings = found.get("open_clip_config.json", {})
         return settings.get("model_cfg"), settings.get("preprocess_cfg")
-    if library == "hf":
+    if known.library == "hf" or known.has_config:
         # transformers 5 writes what belongs to images and what belongs to texts in one file.
         view = found.get("preprocessor_config.json") or found.get("processor_config.json", {}).get("image_processor")
         return found.get("config.json"), view
@@ -164,16 +167,17 @@ def export_weights(
     found = for_export(config, family)
     settings = found.write_config(config)
     view = {}
-    if found.reads_images and family in ("hf", "open_clip"):
+    transformers = family in ("hf", "hf_live")
+    if found.reads_images and (transformers or family == "open_clip"):
         side = objective.image_size
-        view = export_preprocess(model.config.data.preprocess, (side, side), family)
+        view = export_preprocess(model.config.data.preprocess, (side, side), "hf" if transformers else family)
     params = jax.tree.map(np.asarray, found.parameters(ours))
     tensors = from_params(params, found.rows(config), found.title) | found.constants(config)
     tensors = found.published(tensors)
     files.make_directory(target)
     files.write_weights(target / WEIGHT_FILES[family], tensors, dtype, shard_bytes)
     note = _write_tokenizer(model, target, family, settings)
-    if family == "hf":
+    if transformers:
         if not found.reads_images:
             settings |= {"dtype": dtype} | _special_ids(model.tokenizer)
         files.write_json(target / "config.json", settings)
@@ -181,6 +185,8 @@ def export_weights(
             files.write_json(target / "preprocessor_config.json", view)
     elif family == "open_clip":
         files.write_json(target / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": view})
+    elif found.has_config:
+        files.write_json(target / "config.json", settings)
     return f"exported {len(tensors)} tensors as {found.title} to {target}; tokenizer: {note}"
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.data.chat_config import ChatConfig
 from vlm_jax.data.text import ClipBpeConfig, Tokenizer, TokenizerConfig
 from vlm_jax.interop.layouts import Shape
 from vlm_jax.interop.tables import (
@@ -31,9 +32,10 @@ from vlm_jax.objectives.coca import CoCaConfig
 from vlm_jax.objectives.encoder import EncoderConfig, EncoderModelConfig, EncoderModule
 from vlm_jax.objectives.siglip import SiglipConfig
 
-# "official" are the authors' own files of a method whose code base is no library; ml-l3m trains several of them
-Library = Literal["hf", "open_clip", "big_vision", "official", "ml_l3m"]
-LIBRARIES: tuple[Library, ...] = ("hf", "open_clip", "big_vision", "official", "ml_l3m")
+# "official" are the authors' own files of a method whose code base is no library; ml-l3m trains several of them;
+# "hf_live" are the names of transformers' modules in memory where those of its files are others
+Library = Literal["hf", "hf_live", "open_clip", "big_vision", "official", "ml_l3m"]
+LIBRARIES: tuple[Library, ...] = ("hf", "hf_live", "open_clip", "big_vision", "official", "ml_l3m")
 
 
 class Format:
@@ -44,12 +46,14 @@ class Format:
         title: in messages, "open_clip's ResNet CLIP".
         preprocess: name in `preprocess.KNOWN` of what all models of the format share; "" where files must tell it.
         reads_images: false for models of text alone.
+        has_config: whether config.json lies beside the weights though the library is no code base with one for all.
     """
 
     library: Library
     title: str
     preprocess: str = ""
     reads_images: bool = True
+    has_config: bool = False
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
         """The tensors under the names of `rows`: prefixes of wrappers removed, constants dropped."""
@@ -79,6 +83,10 @@ class Format:
     def objective(self, model: Any) -> ObjectiveConfig:
         """The method whose parameters are just what the weights hold, around the config of `read_config`."""
         raise TypeError(f"{type(self).__name__} defines no objective")
+
+    def chat(self) -> ChatConfig | None:
+        """How a model that reads conversations was trained to read them; None for others."""
+        return None
 
     def remark(self, objective: ObjectiveConfig, model: Any) -> str:
         """What is said of an imported model in brackets: for one with a text tower its activation."""

@@ -15,6 +15,7 @@ from vlm_jax.interop.hf_decoder import HfDecoder
 from vlm_jax.interop.hf_siglip import HfSiglip
 from vlm_jax.interop.hf_swin import HfSwinSimMim
 from vlm_jax.interop.hf_vit_mae import HfViTMae
+from vlm_jax.interop.llava import HfLiveLlava, HfLlava, OriginalLlava
 from vlm_jax.interop.mae import Mae, MaeEncoder
 from vlm_jax.interop.open_clip_coca import OpenClipCoCa
 from vlm_jax.interop.open_clip_resnet import OpenClipResNet
@@ -46,6 +47,9 @@ FORMATS: tuple[Format, ...] = (
     HfAimv2(),
     HfDinov2(),
     OfficialDinov2(),
+    OriginalLlava(),
+    HfLlava(),
+    HfLiveLlava(),
     HfDecoder(),
 )
 

@@ -76,6 +76,7 @@ def vocabulary_cross_entropy(
     targets_BxT: jax.Array,
     valid_BxT: jax.Array,
     *,
+    weights_BxT: jax.Array | None = None,
     chunk: int | None = None,
 ) -> TokenLoss:
     """-log softmax(hidden head^T)[target], summed over the valid tokens of the batch.
@@ -85,13 +86,17 @@ def vocabulary_cross_entropy(
         head_VxD: rows of the head, fp32 parameters.
         targets_BxT: int32 ids.
         valid_BxT: bool; other tokens don't count.
+        weights_BxT: fp32 factors, not negative, on the tokens' losses alone; no gradient flows to them. None: all 1.
         chunk: tokens at a time on each device, a quarter of them at most; None: as many as keep their logits under
             `LOGIT_BYTES`.
     """
     layout = _layout(hidden_BxTxD, head_VxD, chunk)
     shards = 1 if layout.vocab is None else jax.sharding.get_abstract_mesh().shape[layout.vocab]
     head_VxD = jnp.pad(head_VxD.astype(hidden_BxTxD.dtype), ((0, -head_VxD.shape[0] % shards), (0, 0)))
-    sums: Any = _loss(hidden_BxTxD, head_VxD, targets_BxT, valid_BxT, layout)
+    factors_BxT = valid_BxT.astype(jnp.float32)
+    if weights_BxT is not None:
+        factors_BxT = factors_BxT * jax.lax.stop_gradient(weights_BxT)
+    sums: Any = _loss(hidden_BxTxD, head_VxD, targets_BxT, factors_BxT, layout)
     return TokenLoss(sums[0], valid_BxT.sum(dtype=jnp.float32), jax.lax.stop_gradient(sums[1]))
 
 
@@ -109,17 +114,17 @@ def _layout(hidden_BxTxD: jax.Array, head_VxD: jax.Array, chunk: int | None) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _loss(
-    hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array, valid_BxT: jax.Array, layout: _Layout
+    hidden_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array, factors_BxT: jax.Array, layout: _Layout
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of the losses, number of correct tokens)."""
-    total, correct, *_ = _on_mesh(hidden_BxTxD, head_VxD, targets_BxT, valid_BxT, layout, _Wanted(False, False))
+    total, correct, *_ = _on_mesh(hidden_BxTxD, head_VxD, targets_BxT, factors_BxT, layout, _Wanted(False, False))
     return total, correct
 
 
 def _forward(
-    hidden: Any, head: Any, targets: Any, valid: Any, layout: _Layout
+    hidden: Any, head: Any, targets: Any, factors: Any, layout: _Layout
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array | None, jax.Array | None]]:
-    arrays = tuple(x.value for x in (hidden, head, targets, valid))
+    arrays = tuple(x.value for x in (hidden, head, targets, factors))
     # Of a frozen head no gradient is made.
     wanted = _Wanted(hidden.perturbed, head.perturbed)
     total, correct, *gradients = _on_mesh(*arrays, layout, wanted)
@@ -142,26 +147,26 @@ _loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _on_mesh(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, valid: jax.Array, layout: _Layout, wanted: _Wanted
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, factors: jax.Array, layout: _Layout, wanted: _Wanted
 ) -> tuple[jax.Array, ...]:
     """(total, correct), and the gradients of the total that are wanted, from global arrays."""
     local = functools.partial(_on_device, layout=layout, wanted=wanted)
     if jax.sharding.get_abstract_mesh().empty:
-        return local(hidden, head, targets, valid)
+        return local(hidden, head, targets, factors)
     tokens = P(layout.rows or None, layout.length)
     states, words = P(*tokens, None), P(layout.vocab, None)
     gradients = (*[states] * wanted.hidden, *[P(layout.vocab, layout.width)] * wanted.head)
     mapped = jax.shard_map(
         local, in_specs=(states, words, tokens, tokens), out_specs=(P(), P(), *gradients), check_vma=False
     )
-    return mapped(hidden, head, targets, valid)
+    return mapped(hidden, head, targets, factors)
 
 
 def _on_device(
     hidden_bxtxD: jax.Array,
     head_vxD: jax.Array,
     targets_bxt: jax.Array,
-    valid_bxt: jax.Array,
+    factors_bxt: jax.Array,
     *,
     layout: _Layout,
     wanted: _Wanted,
@@ -176,13 +181,13 @@ def _on_device(
         return jnp.pad(flat, [(0, chunks * chunk - count)] + [(0, 0)] * len(shape)).reshape(chunks, chunk, *shape)
 
     width = hidden_bxtxD.shape[-1]
-    inputs = in_chunks(hidden_bxtxD, width), in_chunks(targets_bxt), in_chunks(valid_bxt)
+    inputs = in_chunks(hidden_bxtxD, width), in_chunks(targets_bxt), in_chunks(factors_bxt)
     zero = jnp.zeros((), jnp.float32)
     first = (zero, zero, jnp.zeros(head_vxD.shape, jnp.float32)) if wanted.head else (zero, zero)
 
     def body(carry: tuple[jax.Array, ...], step: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], Any]:
-        hidden_cxD, targets_c, valid_c = step
-        losses_c, correct_c, d_logits_cxv = _chunk(hidden_cxD, head_vxD, targets_c, valid_c, layout)
+        hidden_cxD, targets_c, factors_c = step
+        losses_c, correct_c, d_logits_cxv = _chunk(hidden_cxD, head_vxD, targets_c, factors_c, layout)
         sums = (carry[0] + losses_c.sum(), carry[1] + correct_c.sum(dtype=jnp.float32))
         d_logits_cxv, d_hidden_cxD = d_logits_cxv.astype(hidden_cxD.dtype), None
         if wanted.head:
@@ -203,9 +208,9 @@ def _on_device(
 
 
 def _chunk(
-    hidden_cxD: jax.Array, head_vxD: jax.Array, targets_c: jax.Array, valid_c: jax.Array, layout: _Layout
+    hidden_cxD: jax.Array, head_vxD: jax.Array, targets_c: jax.Array, factors_c: jax.Array, layout: _Layout
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses and hits of a chunk's tokens, 0 where they aren't valid, and the gradient of the losses by the logits."""
+    """Losses and hits of a chunk's tokens, both 0 where the factor is, and the gradient of the losses by the logits."""
     logits_cxv = jnp.einsum("cD,vD->cv", hidden_cxD, head_vxD, preferred_element_type=jnp.float32)
     size = head_vxD.shape[0]
     start = 0 if layout.vocab is None else jax.lax.axis_index(layout.vocab) * size
@@ -217,9 +222,11 @@ def _chunk(
     sum_c = _sum_over(powers_cxv.sum(axis=1), layout.vocab)
     target_cxv = word_1xv == targets_c[:, None]
     own_c = _sum_over(jnp.where(target_cxv, logits_cxv, 0.0).sum(axis=1), layout.vocab)
-    losses_c = jnp.where(valid_c, jnp.log(sum_c) + maximum_c - own_c, 0.0)
-    d_logits_cxv = jnp.where(valid_c[:, None], powers_cxv / sum_c[:, None] - target_cxv, 0.0)
-    return losses_c, valid_c & (own_c >= maximum_c), d_logits_cxv
+    # `where` and not the factor alone: 0 * inf is nan.
+    counts_c = factors_c > 0
+    losses_c = jnp.where(counts_c, factors_c * (jnp.log(sum_c) + maximum_c - own_c), 0.0)
+    d_logits_cxv = jnp.where(counts_c[:, None], factors_c[:, None] * (powers_cxv / sum_c[:, None] - target_cxv), 0.0)
+    return losses_c, counts_c & (own_c >= maximum_c), d_logits_cxv
 
 
 def _head_gradient(d_head_vxD: jax.Array, layout: _Layout) -> jax.Array:

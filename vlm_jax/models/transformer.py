@@ -269,6 +269,7 @@ def run_blocks(
     intermediates: bool = False,
     dtype: Dtype = jnp.float32,
     block: type[nn.Module] | None = None,
+    first: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Runs the stack, as the submodule `blocks` of the compact module that calls this.
 
@@ -285,20 +286,24 @@ def run_blocks(
         dtype: compute dtype, also of the residual stream.
         block: another kind of block with the attributes and arguments of `Block`; None: that, or with a context
             `CrossBlock`.
+        first: only the first so many blocks are run, though there are parameters of all; not at initialisation.
 
     Returns:
         The last block's output [B, T, D], and all outputs [L, B, T, D] or None (also for a stack of no blocks).
     """
     x_BxTxD = constrain(x_BxTxD.astype(dtype), "batch", "length", "embed")
-    if config.depth == 0:
+    depth = config.depth if first is None else first
+    if depth == 0:
         return x_BxTxD, None
     kind: Any = block or (Block if context_BxSxC is None else CrossBlock)
-    stack = scanned(kind, config.depth, config.remat, config.scan, broadcast=4)
+    stack = scanned(kind, depth, config.remat, config.scan, broadcast=4)
+    if depth < config.depth:
+        stack = nn.map_variables(stack, "params", lambda tree: jax.tree.map(lambda leaf: leaf[:depth], tree))
     init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim)
     # numpy, so that the rates are the same fp32 numbers on every platform
-    first = config.drop_path if config.drop_path_rates == "uniform" else 0.0
-    rates = np.linspace(first, config.drop_path, config.depth, dtype=np.float32)
-    layers = (jnp.arange(config.depth), jnp.asarray(rates))
+    lowest = config.drop_path if config.drop_path_rates == "uniform" else 0.0
+    rates = np.linspace(lowest, config.drop_path, config.depth, dtype=np.float32)
+    layers = (jnp.arange(depth), jnp.asarray(rates[:depth]))
     more = {} if relative is None else {"relative": relative}
     blocks = stack(config, init, causal, intermediates, dtype, **more, name="blocks")
     return blocks(x_BxTxD, layers, keys, mask, bias, context_BxSxC)

@@ -182,6 +182,7 @@ class ViT(nn.Module):
         attention_mask: jax.Array | None = None,
         causal: bool = False,
         intermediates: bool = False,
+        layer: int | None = None,
     ) -> dict[str, jax.Array]:
         """Encodes normalised images.
 
@@ -193,6 +194,8 @@ class ViT(nn.Module):
             attention_mask: bool, broadcasts to [B, H, T, T], True where attention is allowed.
             causal: whether a token sees only those before it.
             intermediates: whether to return what stands between the layers.
+            layer: -1, -2, ...: only "tokens" is returned, the output of the last block, of the one before, ... without
+                the last norm, and no block behind that one is run; None: the whole tower.
 
         Returns:
             "tokens" [B, T, D] after the last norm, prefix tokens first; "pooled" [B, D] unless pool is "none";
@@ -216,6 +219,8 @@ class ViT(nn.Module):
         init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim)
         x = self._embed(images_BxHxWxC, init, fold_in(keys, 0), masked_BxN, kept_BxK)
         embed = x
+        # At initialisation the whole tower runs: every parameter is declared.
+        first = None if layer is None or self.is_initializing() else config.depth + 1 + layer
         x, blocks = run_blocks(
             config,
             x,
@@ -226,7 +231,10 @@ class ViT(nn.Module):
             relative=relative if config.relative_position == "per_block" else None,
             intermediates=intermediates,
             dtype=self.dtype,
+            first=first,
         )
+        if first is not None:
+            return {"tokens": x}
         outputs = self._pool(x, init)
         if self.projection is not None:
             outputs["embedding"] = project(self.projection, init.projection, outputs["pooled"], self.dtype)

@@ -46,6 +46,7 @@ class ObjectiveConfig(Choice):
             mae,
             siglip,
             simmim,
+            vlm,
         )
 
         return {
@@ -64,6 +65,7 @@ class ObjectiveConfig(Choice):
             "aimv2": aimv2.Aimv2Config,
             "classify": classify.ClassifyConfig,
             "lm": lm.LmConfig,
+            "vlm": vlm.VlmConfig,
         }
 
     @property

@@ -19,7 +19,7 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.data.text_rows import TextRows, pack_texts
 from vlm_jax.flops import TRAIN_OVER_FORWARD
 from vlm_jax.losses.vocabulary import vocabulary_cross_entropy
-from vlm_jax.models.decoder import Decoder
+from vlm_jax.models.decoder import Decoder, DecoderConfig
 from vlm_jax.models.generation import Generated, GenerationConfig, generate
 from vlm_jax.models.language_model import LanguageModel, LanguageModelConfig
 from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig
@@ -70,17 +70,22 @@ class LmConfig(ObjectiveConfig):
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """The vocabulary must fit the tables."""
-        decoder, where = self.model.decoder, "config.objective.model.decoder"
-        if tokenizer.vocab_size > decoder.table_size:
-            raise ConfigError(
-                f"{where}.vocab_size = {decoder.vocab_size} with extra_tokens = {decoder.extra_tokens} is smaller than "
-                f"the tokenizer's {tokenizer.vocab_size} ids; set vocab_size to {tokenizer.vocab_size} or more, or for "
-                "a model that is already trained extra_tokens to the difference"
-            )
+        check_vocabulary(self.model.decoder, tokenizer)
 
     def train_flops(self) -> float:
         """Three times the forward pass of a row."""
         return float(TRAIN_OVER_FORWARD * self.model.forward_flops(self.length))
+
+
+def check_vocabulary(decoder: DecoderConfig, tokenizer: Tokenizer) -> None:
+    """Raises `ConfigError` when a decoder's tables have fewer rows than the tokenizer has ids."""
+    where = "config.objective.model.decoder"
+    if tokenizer.vocab_size > decoder.table_size:
+        raise ConfigError(
+            f"{where}.vocab_size = {decoder.vocab_size} with extra_tokens = {decoder.extra_tokens} is smaller than "
+            f"the tokenizer's {tokenizer.vocab_size} ids; set vocab_size to {tokenizer.vocab_size} or more, or for "
+            "a model that is already trained extra_tokens to the difference"
+        )
 
 
 class Lm(ModelObjective):
@@ -154,4 +159,4 @@ def next_tokens(
     return targets, valid if prefix_BxT is None else valid & ~jnp.roll(prefix_BxT, -1, axis=1)
 
 
-__all__ = ["Lm", "LmConfig", "next_tokens"]
+__all__ = ["Lm", "LmConfig", "check_vocabulary", "next_tokens"]
