@@ -18,6 +18,7 @@ KNOWN: dict[str, PreprocessConfig] = {
     # BEiT on ImageNet-22k, and what else comes from Inception
     "inception": PreprocessConfig(mean=_HALF, std=_HALF),
     # pixels in [0, 1]
+    "unit": PreprocessConfig(resize="squash", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
     "dalle": PreprocessConfig(interpolation="lanczos", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
 }
 _HF_COMPUTED = {"do_resize": True, "do_rescale": True, "do_normalize": True}

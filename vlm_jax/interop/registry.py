@@ -17,6 +17,7 @@ from vlm_jax.interop.hf_swin import HfSwinSimMim
 from vlm_jax.interop.hf_vit_mae import HfViTMae
 from vlm_jax.interop.llava import HfLiveLlava, HfLlava, OriginalLlava
 from vlm_jax.interop.mae import Mae, MaeEncoder
+from vlm_jax.interop.nanovlm import NanoVlm
 from vlm_jax.interop.open_clip_coca import OpenClipCoCa
 from vlm_jax.interop.open_clip_resnet import OpenClipResNet
 from vlm_jax.interop.open_clip_timm import OpenClipTimmSiglip
@@ -47,6 +48,7 @@ FORMATS: tuple[Format, ...] = (
     HfAimv2(),
     HfDinov2(),
     OfficialDinov2(),
+    NanoVlm(),
     OriginalLlava(),
     HfLlava(),
     HfLiveLlava(),
