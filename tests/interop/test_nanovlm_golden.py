@@ -61,14 +61,9 @@ def of_the_separator(params: Any) -> jax.Array:
     """
     row, place = PACKED["index"], PACKED["second_document_start"] - 1
     inputs = VLM.module.apply({"params": params}, *(TRAINED[name] for name in INPUTS), method="inputs")
-    before, segments, positions = (
-        inputs[row, :place],
-        *(TRAINED[name][row, :place] for name in ("segments", "positions")),
-    )
+    segments, positions = (TRAINED[name][row, :place][None] for name in ("segments", "positions"))
     decoder = {"params": params["decoder"]}
-    _, own = VLM.decoder.apply(
-        decoder, inputs[row, None, :place], None, segments[None], positions[None], method="with_keys"
-    )
+    _, own = VLM.decoder.apply(decoder, inputs[row, None, :place], None, segments, positions, method="with_keys")
     cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0)]), own)
     seen = np.append(segments > 0, False)[None]
     token = TRAINED["text"][row : row + 1, place : place + 1]

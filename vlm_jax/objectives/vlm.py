@@ -161,7 +161,8 @@ class Vlm(ImageObjective):
         )
 
     def _tiles(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        return normalise_images(batch["tiles"], self.preprocess)
+        tiles = batch["tiles"]
+        return normalise_images(tiles.reshape(-1, *tiles.shape[2:]), self.preprocess).reshape(tiles.shape)
 
     def _prefix(self, batch: Mapping[str, jax.Array]) -> jax.Array | None:
         return (batch["segments"] > 0) & ~batch["supervised"] if self.config.prefix else None
