@@ -22,7 +22,7 @@ from vlm_jax.evals.held_out import HeldOut
 from vlm_jax.flops import chip_name
 from vlm_jax.mesh import batch_sharding, make_mesh, shardings
 from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig
-from vlm_jax.schema import override
+from vlm_jax.schema import ConfigError, override
 from vlm_jax.step import Setup, StepFunction, make_setup, make_train_step
 
 
@@ -156,11 +156,17 @@ def open_checkpoint(
 def build_run_tokenizer(config: Config, source: Source, saved: Mapping[str, Any] | None) -> Tokenizer | None:
     """The tokenizer of a checkpoint if there is one, else that of the config; checked against the model.
 
-    None for a method on images alone. A SentencePiece model without a path is trained from the captions of the source;
+    With `init_from.tokenizer` that of the checkpoint that the parameters come from. None for a method on images alone. A SentencePiece model without a path is trained from the captions of the source;
     it is a pure function of them.
     """
     if not config.objective.reads_text:
         return None
+    if saved is None and config.init_from.tokenizer:
+        saved = read_checkpoint_meta(config.init_from.path)["tokenizer"]
+        if saved is None:
+            raise ConfigError(
+                f"config.init_from.tokenizer = true, but {config.init_from.path} holds no tokenizer; set it to false"
+            )
     if saved is not None:
         tokenizer = Tokenizer.from_state(saved)
     else:

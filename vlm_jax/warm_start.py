@@ -25,8 +25,8 @@ from vlm_jax.schema import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class InitFrom:
-    """Which parameters come from where. Patterns are regular expressions that must match a whole path."""
+class InitSource:
+    """Which parameters come from one checkpoint. Patterns are regular expressions that must match a whole path."""
 
     path: str = ""  # a workdir, one of its checkpoints, or an imported checkpoint; empty: a random start
     # (pattern on a path of this model, path in the source, with \1 for the pattern's first group, ...): the first
@@ -61,6 +61,30 @@ class InitFrom:
                 yield key, "is given without a source; set init_from.path"
 
 
+@dataclasses.dataclass(frozen=True)
+class FurtherSource(InitSource):
+    """One more checkpoint; what it doesn't give is skipped here and comes from the others."""
+
+    name: str = "further"  # stands in overrides (config.init_from.also.NAME.path=...)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitFrom(InitSource):
+    """Which parameters come from where."""
+
+    also: tuple[FurtherSource, ...] = ()  # further checkpoints, whose parameters are put in one after the other
+    tokenizer: bool = False  # whether the tokenizer is that of the first checkpoint, not that of config.data.tokenizer
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """More sources without the first."""
+        yield from super().problems()
+        if not self.path and (self.also or self.tokenizer):
+            yield "also" if self.also else "tokenizer", "is given without a source; set init_from.path"
+        for source in self.also:
+            if not source.path:
+                yield f"also.{source.name}.path", "is empty; name a checkpoint, or leave this source out"
+
+
 def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) -> Any:
     """The parameters with those of another checkpoint put in.
 
@@ -80,6 +104,14 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
     if not init_from.path:
         return params
     orbax_noise.silence()
+    params = _from_source(params, init_from, new_config, "config.init_from")
+    for source in init_from.also:
+        params = _from_source(params, source, new_config, f"config.init_from.also.{source.name}")
+    return params
+
+
+def _from_source(params: Any, init_from: InitSource, new_config: Mapping[str, Any], key: str) -> Any:
+    """The parameters with those of one source."""
     ours, treedef = flatten_paths(params), jax.tree.structure(params)
     directory = find_step(init_from.path)
     meta = read_meta(directory)
@@ -98,7 +130,7 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
             problems.append(f"{path}: {list(new_shape)} in this model, {list(old_shape)} in the source")
     if problems:
         raise ConfigError(
-            f"config.init_from: the parameters in {directory} don't fit this model. Rename by init_from.map, keep the "
+            f"{key}: the parameters in {directory} don't fit this model. Rename by init_from.map, keep the "
             "random start by init_from.skip, leave out by init_from.ignore:\n  " + "\n  ".join(problems)
         )
     wanted = {}
@@ -116,7 +148,7 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
     return jax.tree.unflatten(treedef, [new[path] for path in ours])
 
 
-def _match(init_from: InitFrom, ours: list[str], source: list[str]) -> tuple[dict[str, str], list[str]]:
+def _match(init_from: InitSource, ours: list[str], source: list[str]) -> tuple[dict[str, str], list[str]]:
     """({our path: source path} of all that is found, sentences on all that isn't)."""
     sources, problems, used = {}, [], set()
     for path in ours:
@@ -281,4 +313,4 @@ def _replicated(sharding: Sharding) -> Sharding:
     return NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
 
 
-__all__ = ["InitFrom", "warm_start"]
+__all__ = ["FurtherSource", "InitFrom", "warm_start"]
