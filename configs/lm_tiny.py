@@ -3,6 +3,9 @@
 Captions are a small language of known entropy: number, places, sizes, colours and shapes of the objects are chance, the
 rest is grammar. That is 13.5 nats a caption for the 500 held out; after 300 steps, two minutes on a CPU of two cores,
 the model gives them 13.7 (`python -m vlm_jax.main --config=configs/lm_tiny.py`: 0.375 nats a token).
+
+`:shapes` is a model of 0.9 million on captions and questions, whose vocabulary has their words: that of the small
+chain in vlm_shapes_stage1.py.
 """
 
 import dataclasses
@@ -10,7 +13,7 @@ import dataclasses
 from vlm_jax.checkpoint import CheckpointConfig
 from vlm_jax.config import Config, TrainConfig, variant
 from vlm_jax.data.pipeline import DataConfig
-from vlm_jax.data.sources import ShapesConfig
+from vlm_jax.data.sources import MixtureConfig, MixturePart, ShapesConfig
 from vlm_jax.data.text import SentencePieceConfig
 from vlm_jax.evals.held_out_loss import HeldOutLossConfig
 from vlm_jax.models.language_model import LanguageModelConfig
@@ -21,6 +24,20 @@ from vlm_jax.parts import Part
 from vlm_jax.schedule import Cosine
 
 LENGTH, WORDS = 128, 320
+
+QUESTIONS = ("color", "shape", "count", "position")
+DECODER = dataclasses.replace(DECODERS["tiny"], width=128, depth=4, mlp_dim=352, vocab_size=512)
+SHAPES = {
+    "objective.model.decoder": DECODER,
+    "data.source": MixtureConfig(
+        sources=(
+            MixturePart("captions", ShapesConfig(count=10_000)),
+            MixturePart("questions", ShapesConfig(count=10_000, conversations=QUESTIONS)),
+        )
+    ),
+    "data.tokenizer": SentencePieceConfig(length=LENGTH, vocab_size=512, sticky_eos=False),
+    "optimizer.learning_rate": 2e-3,
+}
 
 SMOKE = {
     "data.source.count": 512,
@@ -51,4 +68,4 @@ def get_config(name: str = "") -> Config:
         checkpoint=CheckpointConfig(every=100),
         evals=(HeldOutLossConfig("held_out", ShapesConfig(split="test", count=500)),),
     )
-    return variant(config, name, {"smoke": SMOKE})
+    return variant(config, name, {"smoke": SMOKE, "shapes": SHAPES})

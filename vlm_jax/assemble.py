@@ -156,8 +156,8 @@ def open_checkpoint(
 def build_run_tokenizer(config: Config, source: Source, saved: Mapping[str, Any] | None) -> Tokenizer | None:
     """The tokenizer of a checkpoint if there is one, else that of the config; checked against the model.
 
-    With `init_from.tokenizer` that of the checkpoint that the parameters come from. None for a method on images alone. A SentencePiece model without a path is trained from the captions of the source;
-    it is a pure function of them.
+    With `init_from.tokenizer` that of the checkpoint that the parameters come from. None for a method on images alone.
+    A SentencePiece model without a path is trained from the captions of the source; it is a pure function of them.
     """
     if not config.objective.reads_text:
         return None

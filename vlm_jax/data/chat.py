@@ -194,6 +194,18 @@ class ChatWriter:
                 parts.append(part)
         return parts
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids of the special tokens that end an answer; a template may have none."""
+        parts = self._parts["answer"]
+        return tuple(part for part in parts[parts.index(None) :] if isinstance(part, int))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of an answer: up to its end token, or to a line feed in a template without one."""
+        ends = [place for place, token in enumerate(ids) if token in self.end_ids]
+        text = self.vocabulary.tokenizer.encoder.decode(ids[: ends[0]] if ends else ids)
+        return text if self.end_ids else text.partition("\n")[0]
+
     def document(self, record: Record) -> Document:
         """The whole conversation; of a record with a caption, its first one as the answer to the image.
 
@@ -254,6 +266,10 @@ class ChatWriter:
                 question = [item for item in question if not isinstance(item, str)]
             if system and self.template.system_in_user and number == 0:
                 question = [self.template.system.replace("{}", system), *question]
+            if self.template.images_first:
+                for image in (item for item in question if isinstance(item, int)):
+                    pieces.image(written[image])
+                question = ["".join(item for item in question if isinstance(item, str)).strip()]
             write("user", question, False)
             write("prompt", [], False)
             if rounds[number][1] is not None:

@@ -9,7 +9,7 @@ from vlm_jax.data.packing import WINDOW, Isolation, Padding
 from vlm_jax.data.rounds import ImagePlaces
 from vlm_jax.data.tiles import AnyresTiling, SplitTiling, SquareTiling, Tiling
 
-Template = Literal["vicuna_v1", "plain", "plain_eos", "llama_2", "chatml", "smollm2", "qwen", "nanovlm"]
+Template = Literal["vicuna_v1", "plain", "plain_eos", "llama_2", "chatml", "smollm2", "qwen", "paligemma", "nanovlm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,11 @@ NANOVLM = ChatConfig(
 
 As published they are not: `packing="balanced", isolation="none"`. A row counts its tiles, of which 63 is the most that
 its tokens can take, where nanoVLM counts images."""
+
+PALIGEMMA = ChatConfig(
+    template="paligemma", images=ImagePlaces(placement="llava"), tiling=SquareTiling(fit="squash"), row_length=288
+)
+"""PaliGemma at 224 pixels (big_vision, transfers/vqav2.py): 256 tokens of the image and 32 of text."""
 
 RECIPES = {
     "llava_stage_1": LLAVA_STAGE_1,

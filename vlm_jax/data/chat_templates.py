@@ -22,6 +22,7 @@ class ChatTemplate:
         system_in_user: the system message stands at the front of the first user message instead of before it.
         specials: special tokens in the strings above, beside `{bos}` and `{eos}`.
         reads_user_text: False throws the user's words away and keeps the images.
+        images_first: a user's images stand before all of the turn, its start token included.
     """
 
     user: str
@@ -34,6 +35,7 @@ class ChatTemplate:
     system_in_user: bool = False
     specials: tuple[str, ...] = ()
     reads_user_text: bool = True
+    images_first: bool = False
 
 
 _CHATML = ChatTemplate(
@@ -74,6 +76,8 @@ TEMPLATES = {
     "chatml": _CHATML,
     "smollm2": dataclasses.replace(_CHATML, default_system=_SMOLLM2_SYSTEM),
     "qwen": dataclasses.replace(_CHATML, default_system="You are a helpful assistant."),
+    # PaliGemma: images, start token, prompt, line feed; the answer ends with the end token
+    "paligemma": ChatTemplate(user="{bos}{}\n", prompt="", answer="{}{eos}", images_first=True),
     # SmolLM2 in nanoVLM: no system message, and the line feed after the end token is learned too
     "nanovlm": dataclasses.replace(_CHATML, answer="{}<|im_end|>\n", after=""),
 }

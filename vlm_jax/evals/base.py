@@ -21,7 +21,7 @@ Vectors = Literal["pooled", "embedding", "cls", "mean"]
 token, or the mean of the patches."""
 
 
-Offer = Literal["image_tokens", "reconstruct", "held_out_loss"]
+Offer = Literal["image_tokens", "reconstruct", "held_out_loss", "answer"]
 """What not every model gives."""
 
 
@@ -86,6 +86,24 @@ class Encoder(Protocol):
 
     def held_out_loss(self, params: Any, batches: Iterable[Mapping[str, jax.Array]], seed: int) -> tuple[float, float]:
         """(sum, count) of the method's own loss over the usable rows of `loss_batches`."""
+        ...
+
+    def prompt_batches(self, source: Source) -> Iterable[Mapping[str, jax.Array]]:
+        """As `image_batches`, with rows of conversations up to where their last answer begins."""
+        ...
+
+    def answer(
+        self, params: Any, batch: Mapping[str, jax.Array], max_new_tokens: int, blank: bool = False
+    ) -> jax.Array:
+        """A batch of `prompt_batches` -> int32 [B, max_new_tokens], what the model says; `blank` as `blanked`."""
+        ...
+
+    def written(self, ids_NxL: np.ndarray) -> list[str]:
+        """The texts of answers, without what ends them."""
+        ...
+
+    def blanked(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+        """A batch of conversations whose images all have the mean colour, 0 once they are normalised."""
         ...
 
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
@@ -207,6 +225,7 @@ class EvalConfig(schema.Choice):
             reconstructions,
             retrieval,
             sgd_probe,
+            vqa,
             zero_shot,
         )
 
@@ -221,6 +240,7 @@ class EvalConfig(schema.Choice):
             "attentive_probe": attentive_probe.AttentiveProbeConfig,
             "held_out_loss": held_out_loss.HeldOutLossConfig,
             "reconstructions": reconstructions.ReconstructionsConfig,
+            "vqa": vqa.VqaConfig,
         }
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -8,15 +8,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vlm_jax.data.chat_examples import ChatExamples
 from vlm_jax.data.examples import Example, LabelledImages, Views
 from vlm_jax.data.images import AugmentConfig
 from vlm_jax.data.pipeline import DataConfig, EvalBatches, TrainLoader, eval_batches
 from vlm_jax.data.sources import Record, Source
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.evals.base import Offer, Vectors
-from vlm_jax.evals.held_out import HeldOut, Numbered, SeededRows, example_keys
+from vlm_jax.evals.held_out import MARKS, HeldOut, Numbered, SeededRows, example_keys
 from vlm_jax.evals.labels import MultiLabelImages
 from vlm_jax.mesh import batch_sharding, replicated
+from vlm_jax.models.generation import GenerationConfig
 from vlm_jax.objectives.base import ModelObjective
 from vlm_jax.schema import ConfigError
 
@@ -59,6 +61,7 @@ class MeshEncoder:
         self._reconstruct = jax.jit(objective.reconstruct)
         self._text = jax.jit(objective.text_features)
         self._scores = jax.jit(objective.prompt_scores)
+        self._answer = jax.jit(objective.answer, static_argnums=2)
 
     @property
     def reads_text(self) -> bool:
@@ -105,6 +108,37 @@ class MeshEncoder:
         assert self._held_out is not None, "asked for without offering it"
         with jax.set_mesh(self._mesh):
             return self._held_out.loss(params, batches, seed)
+
+    def prompt_batches(self, source: Source) -> EvalBatches:
+        """Every record with a question once, in order."""
+        return eval_batches(source, _Prompts(self._chat), self.batch_size, self._mesh)
+
+    def answer(
+        self, params: Any, batch: Mapping[str, jax.Array], max_new_tokens: int, blank: bool = False
+    ) -> jax.Array:
+        """Rows of `prompt_batches` -> int32 [B, max_new_tokens]."""
+        writer = self._chat.writer
+        config = GenerationConfig(max_new_tokens, writer.end_ids, writer.vocabulary.pad_id)
+        rows = {key: value for key, value in (self.blanked(batch) if blank else batch).items() if key not in MARKS}
+        with jax.set_mesh(self._mesh):
+            return self._answer(params, rows, config).ids
+
+    def written(self, ids_NxL: np.ndarray) -> list[str]:
+        """int32 [N, L] -> N texts."""
+        return [self._chat.writer.text(row.tolist()) for row in ids_NxL]
+
+    def blanked(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+        """The batch with tiles of the mean colour."""
+        colour = np.round(255 * np.asarray(self._objective.preprocess.mean)).astype(np.uint8)
+        tiles = np.broadcast_to(colour, batch["tiles"].shape)
+        return {**batch, "tiles": self.shard(tiles)}
+
+    @property
+    def _chat(self) -> ChatExamples:
+        maker = None if self._held_out is None else self._held_out.make_example
+        if not isinstance(maker, ChatExamples):
+            raise ConfigError("this model reads no conversations; take evaluations with questions out of config.evals")
+        return maker
 
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
         """uint8 [B, H, W, 3] -> [B, C]."""
@@ -158,6 +192,16 @@ class MeshEncoder:
     def replicate(self, array: np.ndarray) -> jax.Array:
         """The same host array on every process -> a global array, whole on every device."""
         return jax.make_array_from_callback(array.shape, replicated(self._mesh), lambda index: array[index])
+
+
+class _Prompts:
+    """Rows of questions."""
+
+    def __init__(self, maker: ChatExamples):
+        self._maker = maker
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        return self._maker.prompt(record)
 
 
 class _Images:

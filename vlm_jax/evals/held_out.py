@@ -16,7 +16,7 @@ from vlm_jax.evals.features import to_host
 from vlm_jax.objectives.base import ModelObjective
 from vlm_jax.step import Ratio
 
-_MARKS = ("mask", "index")  # what evaluation adds to a batch
+MARKS = ("mask", "index")  # what evaluation adds to a batch
 _PLACE = "place"
 
 
@@ -58,7 +58,7 @@ class HeldOut:
     def _sums(self, params: Any, batch: Mapping[str, jax.Array], seed: int) -> dict[str, Any]:
         """What the loss is made of, summed over the rows of a batch whose `mask` is True."""
         keys = example_keys(batch["index"], seed)
-        rows = {key: value for key, value in batch.items() if key not in _MARKS}
+        rows = {key: value for key, value in batch.items() if key not in MARKS}
         mask_B = to_host(batch["mask"])
         if self.objective.coupled:
             named = to_host(self._embed(params, rows, keys)) | {"rows": np.ones(len(mask_B))}
@@ -118,4 +118,4 @@ def example_keys(index_B: jax.Array, seed: int | jax.Array) -> jax.Array:
     return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(index_B)
 
 
-__all__ = ["HeldOut", "Numbered", "SeededRows", "example_keys"]
+__all__ = ["MARKS", "HeldOut", "Numbered", "SeededRows", "example_keys"]

@@ -235,6 +235,19 @@ class ModelObjective(Objective):
         """What follows texts, by a method whose model writes; arguments as of `vlm_jax.models.generation.generate`."""
         raise TypeError(f"{type(self).__name__} continues no texts")
 
+    def answer(
+        self, params: Any, batch: Mapping[str, jax.Array], config: GenerationConfig, keys: jax.Array | None = None
+    ) -> Generated:
+        """What follows rows of conversations (`vlm_jax.data.chat_examples`) that end where an answer begins.
+
+        Args:
+            params: of the model.
+            batch: the rows.
+            config: how it is written.
+            keys: [B] typed keys, one a row: tokens are sampled. None takes the likeliest.
+        """
+        raise TypeError(f"{type(self).__name__} answers no questions")
+
     def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] and int32 texts [P, L] -> fp32 [B, P]; the higher, the better they match."""
         raise TypeError(f"{type(self).__name__} compares images and texts by their features")
