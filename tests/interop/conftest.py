@@ -10,5 +10,6 @@ _NEED_TORCH = (
     "test_resnet_parity.py",
     "test_exports_load.py",
     "test_siglip_loss_parity.py",
+    "test_vision_language_parity.py",
 )
 collect_ignore = [] if importlib.util.find_spec("torch") else list(_NEED_TORCH)

@@ -32,7 +32,7 @@ _VISION, _PROJECTOR, _LANGUAGE = "vision_tower.vision_model", "multi_modal_proje
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")
 _FEATURES = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy
 # Names that transformers has had for the same tensors, as those of the Hub.
-_TO_HUB = (
+TO_HUB = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
@@ -89,7 +89,7 @@ class HfLlava(LlavaFormat):
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
         """See the base."""
-        named = renamed(without_wrappers(tensors), _TO_HUB)
+        named = renamed(without_wrappers(tensors), TO_HUB)
         return {name: value for name, value in named.items() if not name.endswith(_BUFFERS)}
 
     def recognises(self, tensors: Tensors) -> bool:
@@ -280,4 +280,4 @@ def _from_original(name: str) -> str:
     return name.removeprefix(tower) if name.startswith(tower) else f"{_LANGUAGE}{name}"
 
 
-__all__ = ["HfLiveLlava", "HfLlava", "OriginalLlava"]
+__all__ = ["TO_HUB", "HfLiveLlava", "HfLlava", "OriginalLlava"]

@@ -12,6 +12,7 @@ from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.hf_beit import HfBeit
 from vlm_jax.interop.hf_clip import HfClip
 from vlm_jax.interop.hf_decoder import HfDecoder
+from vlm_jax.interop.hf_paligemma import HfPaliGemma
 from vlm_jax.interop.hf_siglip import HfSiglip
 from vlm_jax.interop.hf_swin import HfSwinSimMim
 from vlm_jax.interop.hf_vit_mae import HfViTMae
@@ -49,6 +50,7 @@ FORMATS: tuple[Format, ...] = (
     HfDinov2(),
     OfficialDinov2(),
     NanoVlm(),
+    HfPaliGemma(),
     OriginalLlava(),
     HfLlava(),
     HfLiveLlava(),

@@ -1,0 +1,139 @@
+"""LLaVA and PaliGemma of transformers with random weights beside ours: logits, loss, greedy ids, files both ways."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import (
+    CLIPVisionConfig,
+    GemmaConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    SiglipVisionConfig,
+)
+from vision_language_rows import empty_rows
+
+from vlm_jax.data.images import PreprocessConfig
+from vlm_jax.interop.commands import export_weights, import_weights
+from vlm_jax.interop.registry import recognise
+from vlm_jax.interop.tables import to_params
+from vlm_jax.loading import load
+from vlm_jax.models.generation import GenerationConfig
+
+IMAGE, WORDS, PROMPT = 95, 96, 4
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = SIZES | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
+TEXT = SIZES | {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def llava() -> Any:
+    vision, text = CLIPVisionConfig(**VISION), LlamaConfig(**TEXT, max_position_embeddings=128)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE))
+
+
+def paligemma() -> Any:
+    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
+    text = GemmaConfig(**TEXT, num_key_value_heads=1, head_dim=16)
+    settings = PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=32, vocab_size=WORDS
+    )
+    return PaliGemmaForConditionalGeneration(settings)
+
+
+class Peer(NamedTuple):
+    """Theirs, and the same in ours."""
+
+    model: Any
+    vlm: Any
+    params: Any
+    tensors: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module", params=[llava, paligemma], ids=["llava", "paligemma"])
+def peer(request: Any) -> Peer:
+    torch.manual_seed(0)
+    model = request.param().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    live = {name: value.numpy() for name, value in model.state_dict().items()}
+    found, tensors = recognise(live)
+    config = found.read_config(tensors, model.config.to_dict(), None)
+    params = to_params(tensors, found.rows(config), found.shapes(config), found.title)
+    return Peer(model, found.objective(config).build(PreprocessConfig(), jnp.float32), params, live)
+
+
+def rows(learned: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Ours and theirs: an image, words, and `learned` more words at the end."""
+    rng = np.random.default_rng(1)
+    length = 4 + PROMPT + learned
+    ids = rng.integers(3, 90, (2, length)).astype(np.int32)
+    ids[:, :4] = IMAGE
+    images = rng.normal(size=(2, 1, 28, 28, 3)).astype(np.float32)
+    batch = empty_rows(2, length, images.shape[1:])
+    batch |= {"text": np.where(ids == IMAGE, 0, ids), "tiles": images, "segments": np.ones_like(ids)}
+    batch["positions"][:] = np.arange(length)
+    batch["tile_slots"][:, :4] = np.arange(4)
+    batch["supervised"][:, length - learned :] = learned > 0
+    theirs = {
+        "input_ids": torch.tensor(ids, dtype=torch.long),
+        "pixel_values": torch.tensor(images[:, 0].transpose(0, 3, 1, 2)),
+        "attention_mask": torch.ones((2, length), dtype=torch.long),
+    }
+    return batch, theirs
+
+
+def test_logits_and_loss(peer: Peer) -> None:
+    batch, theirs = rows(learned=5)
+    learned = torch.tensor(batch["supervised"])
+    labels = torch.where(learned, theirs["input_ids"], -100)
+    extra = {"token_type_ids": learned.long()} if peer.vlm.config.prefix else {}
+    with torch.no_grad():
+        want = peer.model(**theirs, **extra, labels=labels)
+    found = jax.jit(
+        lambda params: (peer.vlm.loss(params, {}, batch, None, jnp.int32(0))[0], peer.vlm.outputs(params, batch))
+    )
+    (total, count), outputs = found(peer.params)
+    np.testing.assert_allclose(outputs["logits"], want.logits.numpy(), atol=1e-4)
+    assert float(total / count) == pytest.approx(float(want.loss), rel=1e-5)
+
+
+def test_greedy_ids(peer: Peer) -> None:
+    batch, theirs = rows(learned=0)
+    extra = {"token_type_ids": torch.zeros_like(theirs["input_ids"])} if peer.vlm.config.prefix else {}
+    with torch.no_grad():
+        want = peer.model.generate(**theirs, **extra, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    config = GenerationConfig(max_new_tokens=6)
+    found = jax.jit(lambda params: peer.vlm.answer(params, batch, config).ids)(peer.params)
+    np.testing.assert_array_equal(found, want[:, -6:].numpy())
+
+
+def test_files_both_ways(peer: Peer, tmp_path: Path) -> None:
+    """What transformers saved comes in, goes out with the same bits, and is loaded by transformers again."""
+    peer.model.save_pretrained(tmp_path / "theirs")
+    said = import_weights(tmp_path / "theirs", tmp_path / "ours", preprocess="clip")
+    assert "4 tokens an image" in said
+    family = "hf_live" if peer.vlm.config.model.image.class_token else "hf"
+    for target in {"hf", family}:
+        export_weights(tmp_path / "ours", tmp_path / target, family=target)  # pyright: ignore
+    again = type(peer.model).from_pretrained(tmp_path / "hf").state_dict()
+    for name, tensor in peer.tensors.items():
+        np.testing.assert_array_equal(again[name].numpy(), tensor, err_msg=name)
+    if family == "hf_live":
+        written = load_file(tmp_path / "hf_live" / "model.safetensors")
+        assert written.keys() == peer.tensors.keys()
+        assert all(np.array_equal(written[name], tensor) for name, tensor in peer.tensors.items())
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert settings["image_token_index"] == IMAGE
+    chat = load(tmp_path / "ours").config.data.chat
+    assert chat is not None
+    assert (chat.template == "paligemma") == peer.vlm.config.prefix
