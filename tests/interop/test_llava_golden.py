@@ -1,5 +1,6 @@
 """LLaVA-1.5's own code on a small model: what the tower, the projector and the decoder give, loss, gradients, text."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ from vision_language_rows import expanded_rows
 from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.interop.llava import OriginalLlava
 from vlm_jax.interop.tables import from_params, to_params
+from vlm_jax.mesh import unbox
 from vlm_jax.models.generation import GenerationConfig
+from vlm_jax.models.lora import LoraConfig
 from vlm_jax.objectives.vlm import VlmConfig
 
 GOLDEN, FORMAT = GoldenVectors("llava_model"), OriginalLlava()
@@ -100,3 +103,53 @@ def test_greedy_ids() -> None:
     found = jax.jit(lambda params, rows: VLM.answer(params, rows, config).ids)(PARAMS, rows)
     # The reference puts the start token before what it writes.
     np.testing.assert_array_equal(found, GOLDEN.outputs["gen_ids"][:, 1:])
+
+
+@pytest.fixture(scope="module")
+def adapted() -> Any:
+    """(the method with small matrices, its parameters)."""
+    sizes = GOLDEN.settings["lora"]
+    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=sizes["r"], alpha=sizes["alpha"], dropout=0.05))
+    vlm = VlmConfig(model=config, length=20, tiles=2).build(PreprocessConfig(), jnp.float32)
+    params = jax.tree.map(lambda x: x, PARAMS)
+    stored = {name: x for name, x in GOLDEN.inputs.items() if name.startswith("lora.")}
+    for row in FORMAT.rows(CONFIG):
+        parent, _, leaf = row.ours.rpartition("/")
+        if leaf != "kernel" or not parent.startswith("decoder/blocks"):
+            continue
+        node = params
+        for key in parent.split("/"):
+            node = node[key]
+        inputs = node["kernel"].ndim - 1 - (1 if parent.endswith(("out", "gate", "fc1", "fc2")) else 2)
+        for which, kept in (("a", node["kernel"].shape[1 : 1 + inputs]), ("b", node["kernel"].shape[1 + inputs :])):
+            theirs = row.theirs.removesuffix(".weight") + f".lora_{which.upper()}.default.weight"
+            layers = [stored.pop(f"lora.base_model.model.{theirs.format(layer=i)}").T for i in range(2)]
+            shape = (*kept, sizes["r"]) if which == "a" else (sizes["r"], *kept)
+            node[f"lora_{which}"] = np.stack([layer.reshape(shape) for layer in layers])
+    assert not stored
+    return vlm, params
+
+
+def test_small_matrices_beside_the_decoders(adapted: Any) -> None:
+    """Logits and loss of PEFT, and the same once they are added to the others."""
+    vlm, params = adapted
+    rows, mask = batch("right"), GOLDEN.outputs["right.attention_mask"]
+    shapes = jax.tree.map(lambda x: x.shape, unbox(jax.eval_shape(vlm.init, jax.random.key(0))[0]))
+    assert jax.tree.map(lambda x: x.shape, params) == shapes
+    plain, merged = vlm.config.model.merged(params)
+    assert plain == CONFIG
+    assert jax.tree.structure(merged) == jax.tree.structure(PARAMS)
+    for method, weights in ((vlm, params), (VLM, merged)):
+        run = jax.jit(lambda p, m=method: (m.loss(p, {}, rows, None, jnp.int32(0))[0], m.outputs(p, rows)["logits"]))
+        (total, count), logits = run(weights)
+        np.testing.assert_allclose(np.asarray(logits)[mask], GOLDEN.outputs["lora.right_logits"][mask], atol=2e-5)
+        assert float(total / count) == pytest.approx(float(GOLDEN.outputs["lora.loss"][0]), rel=1e-5)
+
+
+def test_dropout_before_the_small_matrices_follows_the_keys_of_the_rows(adapted: Any) -> None:
+    vlm, params = adapted
+    rows = batch("right")
+    run = jax.jit(lambda keys: vlm.loss(params, {}, rows, keys, jnp.int32(0))[0][0])
+    losses = [float(run(jax.random.split(jax.random.key(seed), 3))) for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0] != float(run(None))

@@ -25,6 +25,7 @@ from vlm_jax.interop.registry import FORMATS, for_export, recognise
 from vlm_jax.interop.tables import ConversionError, from_params, to_params, without_constants
 from vlm_jax.interop.tokenizer_export import export_tokenizer
 from vlm_jax.loading import Model, load
+from vlm_jax.models.vision_language import VisionLanguageConfig
 from vlm_jax.objectives.base import ObjectiveConfig
 from vlm_jax.objectives.image_text import ImageTextConfig
 from vlm_jax.objectives.images import ImagesConfig
@@ -192,7 +193,10 @@ def export_weights(
 
 def _exported(objective: ObjectiveConfig, params: Any, family: Library, source: Path) -> tuple[Any, Any]:
     """(config, parameters) of what the family has, or else some other: the whole model, or its image tower."""
-    offers = [(vars(objective).get("model"), params)]
+    config = vars(objective).get("model")
+    if isinstance(config, VisionLanguageConfig):
+        config, params = config.merged(params)
+    offers = [(config, params)]
     if isinstance(objective, ImagesConfig | ImageTextConfig):
         offers.append((objective.image_tower, {"image": params["image"]}))
     for formats in ([known for known in FORMATS if known.library == family], FORMATS):

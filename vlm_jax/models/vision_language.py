@@ -5,7 +5,7 @@ Which token takes which feature is said by the slots of `vlm_jax.data.chat_examp
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.nn.initializers import normal
 from vlm_jax.data.tiles import NEWLINE
 from vlm_jax.mesh import constrain
 from vlm_jax.models.decoder import Decoder, DecoderConfig
+from vlm_jax.models.lora import LoraConfig, adapted, merged
 from vlm_jax.models.projector import MlpProjectorConfig, ProjectorConfig
 from vlm_jax.models.stochastic import fold_in
 from vlm_jax.models.vit import ViTConfig
@@ -39,6 +40,8 @@ class VisionLanguageConfig:
     newline: bool = False
     # id that stands for a feature in other libraries' texts; a note for exports, -1: the vocabulary has none
     image_token: int = -1
+    # small matrices that learn in the place of the decoder's own; None: there are none
+    lora: LoraConfig | None = None
     # the language model
     decoder: DecoderConfig = DecoderConfig()
 
@@ -77,7 +80,14 @@ class VisionLanguageConfig:
         run = 0 if self.layer is None else self.layer + 1
         tower = dataclasses.replace(self.image, depth=self.image.depth + run).forward_flops(0)
         projector = self.projector.forward_flops(self.feature_count, self.image.width, self.decoder.width)
-        return tiles * (tower + projector) + self.decoder.forward_flops(tokens)
+        adapters = 0 if self.lora is None else self.lora.forward_flops(self.decoder, tokens)
+        return tiles * (tower + projector) + self.decoder.forward_flops(tokens) + adapters
+
+    def merged(self, params: Any) -> "tuple[VisionLanguageConfig, Any]":
+        """The same model, and its parameters, with what `lora` learned added to the decoder's matrices."""
+        if self.lora is None:
+            return self, params
+        return dataclasses.replace(self, lora=None), {**params, "decoder": merged(params["decoder"], self.lora)}
 
 
 class VisionLanguageModel(nn.Module):
@@ -159,9 +169,10 @@ class VisionLanguageModel(nn.Module):
             prefix_BxL: see `Decoder`.
         """
         x_BxLxD = self.inputs(ids_BxL, slots_BxL, tiles_BxTxHxWxC, fold_in(keys, 0))
-        hidden = self.decoder(
-            x_BxLxD, fold_in(keys, 1), segments_BxT=segments_BxL, positions_BxT=positions_BxL, prefix_BxT=prefix_BxL
-        )
+        with adapted(self.config.lora):
+            hidden = self.decoder(
+                x_BxLxD, fold_in(keys, 1), segments_BxT=segments_BxL, positions_BxT=positions_BxL, prefix_BxT=prefix_BxL
+            )
         return {"hidden": hidden, "head": self.decoder.head_rows()}
 
     def logits(self, hidden_BxLxD: jax.Array) -> jax.Array:

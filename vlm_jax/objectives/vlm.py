@@ -186,7 +186,8 @@ class Vlm(ImageObjective):
         )
         valid = batch["segments"] > 0
         prefix = valid if self.config.prefix else None
-        return generate(self.decoder, params["decoder"], inputs, valid, config, prefix_BxT=prefix, keys=keys)
+        decoder = self.config.model.merged(params)[1]["decoder"]
+        return generate(self.decoder, decoder, inputs, valid, config, prefix_BxT=prefix, keys=keys)
 
 
 def group_counts(counts_B: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
