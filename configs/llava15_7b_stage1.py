@@ -19,7 +19,7 @@ from vlm_jax.data.sources import LlavaJsonConfig, ShapesConfig
 from vlm_jax.data.text import SentencePieceConfig
 from vlm_jax.evals.vqa import VqaConfig
 from vlm_jax.mesh import MeshConfig
-from vlm_jax.models.presets import CLIP, DECODERS
+from vlm_jax.models.presets import CLIP, DECODERS, vision_tower
 from vlm_jax.models.projector import MlpProjectorConfig
 from vlm_jax.models.vision_language import VisionLanguageConfig
 from vlm_jax.objectives.vlm import VlmConfig
@@ -40,9 +40,8 @@ CLIP_TOWER = FurtherSource(
 # Questions on drawn scenes, a model and a vocabulary that a CPU trains in seconds.
 QUESTIONS = ShapesConfig(count=256, image_size=32, conversations=("caption", "color"))
 SMOKE_MODEL = {
-    "objective.model.image": override(
-        CLIP["ViT-L/14-336"].image,
-        {"image_size": 32, "patch_size": 16, "width": 32, "depth": 2, "heads": 2, "mlp_dim": 64, "pool": "none"},
+    "objective.model.image": vision_tower(
+        CLIP["ViT-L/14-336"], image_size=32, patch_size=16, width=32, depth=2, heads=2, mlp_dim=64
     ),
     "objective.model.decoder": override(DECODERS["tiny"], {"vocab_size": 512, "tied": False}),
 }
@@ -66,7 +65,7 @@ def recipe(name: str, decoder: str, chat: ChatConfig, optimizer: AdamW, batch: i
     """LLaVA-1.5 around one of Vicuna's sizes."""
     steps = examples // batch
     model = VisionLanguageConfig(
-        image=override(CLIP["ViT-L/14-336"].image, {"pool": "none", "remat": "auto"}),
+        image=vision_tower(CLIP["ViT-L/14-336"], remat="auto"),
         layer=-2,
         projector=MlpProjectorConfig(),
         decoder=override(DECODERS[decoder], {"remat": "auto"}),

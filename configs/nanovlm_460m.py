@@ -20,7 +20,7 @@ from vlm_jax.data.sources import ParquetConfig, ShapesConfig
 from vlm_jax.data.text import HfTokenizerConfig, SentencePieceConfig
 from vlm_jax.evals.vqa import VqaConfig
 from vlm_jax.mesh import MeshConfig
-from vlm_jax.models.presets import DECODERS, SIGLIP, SIGLIP2
+from vlm_jax.models.presets import DECODERS, SIGLIP, SIGLIP2, vision_tower
 from vlm_jax.models.projector import PixelShuffleConfig
 from vlm_jax.models.vision_language import VisionLanguageConfig
 from vlm_jax.objectives.vlm import VlmConfig
@@ -38,9 +38,8 @@ GRID = tuple(f"<row_{row}_col_{column}>" for row in range(1, 9) for column in ra
 
 QUESTIONS = {"image_size": 32, "conversations": ("caption", "color", "compare")}
 SMOKE = {
-    "objective.model.image": override(
-        SIGLIP["SigLIP-B/16"].image,
-        {"image_size": 16, "patch_size": 4, "width": 32, "depth": 2, "heads": 2, "mlp_dim": 64, "pool": "none"},
+    "objective.model.image": vision_tower(
+        SIGLIP["SigLIP-B/16"], image_size=16, patch_size=4, width=32, depth=2, heads=2, mlp_dim=64
     ),
     "objective.model.projector.factor": 2,
     "objective.model.decoder": override(DECODERS["tiny"], {"vocab_size": 640, "init": "smollm"}),
@@ -110,7 +109,7 @@ def sources(decoder: str, tower: str) -> InitFrom:
 def parts_of(siglip: str, factor: int, decoder: str) -> VisionLanguageConfig:
     """The model around a SigLIP and a SmolLM2."""
     return VisionLanguageConfig(
-        image=override((SIGLIP | SIGLIP2)[siglip].image, {"pool": "none", "remat": "auto"}),
+        image=vision_tower((SIGLIP | SIGLIP2)[siglip], remat="auto"),
         projector=PixelShuffleConfig(factor=factor),
         decoder=override(DECODERS[decoder], {"extra_tokens": EXTRA_TOKENS, "remat": "auto"}),
     )

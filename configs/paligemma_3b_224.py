@@ -20,7 +20,7 @@ from vlm_jax.data.sources import LlavaJsonConfig, ShapesConfig
 from vlm_jax.data.text import SentencePieceConfig
 from vlm_jax.evals.vqa import VqaConfig
 from vlm_jax.mesh import MeshConfig
-from vlm_jax.models.presets import DECODERS, SIGLIP
+from vlm_jax.models.presets import DECODERS, SIGLIP, vision_tower
 from vlm_jax.models.projector import LinearProjectorConfig
 from vlm_jax.models.vision_language import VisionLanguageConfig
 from vlm_jax.objectives.vlm import VlmConfig
@@ -37,9 +37,8 @@ NO_DECAY = r"(?!.*/kernel$).*"
 
 SCENES = {"image_size": 32, "conversations": ("color", "shape")}
 SMOKE: dict[str, Any] = {
-    "objective.model.image": override(
-        SIGLIP["SigLIP-So400m/14"].image,
-        {"image_size": 16, "patch_size": 4, "width": 32, "depth": 2, "heads": 2, "mlp_dim": 64, "pool": "none"},
+    "objective.model.image": vision_tower(
+        SIGLIP["SigLIP-So400m/14"], image_size=16, patch_size=4, width=32, depth=2, heads=2, mlp_dim=64
     ),
     "objective.model.decoder": override(
         DECODERS["Gemma-2B"],
@@ -64,7 +63,7 @@ SMOKE: dict[str, Any] = {
 def recipe(name: str, side: int, weight_decay: float) -> Config:
     """The recipe at one size of the images."""
     steps = EPOCHS * QUESTIONS // BATCH
-    image = override(SIGLIP["SigLIP-So400m/14"].image, {"image_size": side, "pool": "none", "remat": "auto"})
+    image = vision_tower(SIGLIP["SigLIP-So400m/14"], image_size=side, remat="auto")
     decoder = override(DECODERS["Gemma-2B"], {"vocab_size": VOCABULARY, "remat": "auto"})
     model = VisionLanguageConfig(
         image=image, projector=LinearProjectorConfig(init="zeros"), image_token=IMAGE_TOKEN, decoder=decoder

@@ -6,6 +6,7 @@ image towers alone, are those of Oquab et al. 2024 (table 17), and with register
 models, decoders alone, have the sizes of their released config files.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -212,6 +213,13 @@ def gemma(width: int, depth: int, heads: int, kv_heads: int, mlp_dim: int) -> De
     )
 
 
+def vision_tower(model: TwoTowerConfig, **changes: Any) -> ViTConfig:
+    """The ViT of a dual encoder as the eye of a vision-language model: it pools nothing."""
+    if not isinstance(model.image, ViTConfig):
+        raise TypeError(f"the image tower is a {model.image.kind()}; take a model with a ViT")
+    return dataclasses.replace(model.image, **{"pool": "none", **changes})
+
+
 def _tower(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     return dict(zip(("width", "depth", "heads", "mlp_dim"), sizes, strict=True))
 
@@ -283,4 +291,4 @@ DECODERS: dict[str, DecoderConfig] = {
 DECODERS |= {name.replace("Qwen2", "Qwen2.5"): sizes for name, sizes in DECODERS.items() if name.startswith("Qwen2")}
 PRESETS: dict[str, TwoTowerConfig] = CLIP | OPEN_CLIP | SIGLIP | SIGLIP2
 
-__all__ = ["CLIP", "DECODERS", "DINOV2", "OPEN_CLIP", "PRESETS", "SIGLIP", "SIGLIP2", "dinov2"]
+__all__ = ["CLIP", "DECODERS", "DINOV2", "OPEN_CLIP", "PRESETS", "SIGLIP", "SIGLIP2", "dinov2", "vision_tower"]
