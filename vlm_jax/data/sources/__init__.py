@@ -10,6 +10,7 @@ from vlm_jax.data.sources.class_folders import ClassFoldersConfig, class_folders
 from vlm_jax.data.sources.digits import DigitsConfig
 from vlm_jax.data.sources.mixture import MixtureConfig, MixturePart
 from vlm_jax.data.sources.shapes import ShapesConfig
+from vlm_jax.data.sources.subset import SubsetConfig
 from vlm_jax.data.sources.tables import CsvConfig, JsonlConfig
 from vlm_jax.data.sources.tar import TarConfig
 from vlm_jax.data.sources.tfds_source import TfdsConfig
@@ -25,6 +26,7 @@ KINDS: dict[str, type[Any]] = {
     "array_record": ArrayRecordConfig,
     "class_folders": ClassFoldersConfig,
     "mixture": MixtureConfig,
+    "subset": SubsetConfig,
 }
 
 
@@ -110,6 +112,7 @@ __all__ = [
     "ShapesConfig",
     "Source",
     "SourceConfig",
+    "SubsetConfig",
     "TarConfig",
     "TfdsConfig",
     "source_at",
