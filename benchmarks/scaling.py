@@ -15,6 +15,7 @@ them into docs/. `--quick` shows in a minute or two that it all works; its numbe
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from scaling_report import METHODS, Run, draw, fitted, plan_table, report, write_docs
 from self_supervised import Data, built_in, checked, finished, own
 
 from vlm_jax import distributed
 from vlm_jax.config import Config, load_config
+from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import MixtureConfig, SourceConfig, SubsetConfig
 from vlm_jax.evals.held_out_loss import HeldOutLossConfig
@@ -36,6 +39,7 @@ from vlm_jax.mesh import tree_path
 from vlm_jax.models.masked_autoencoder import PixelDecoderConfig
 from vlm_jax.models.pixel_head import PixelHeadConfig
 from vlm_jax.models.vit import ViTConfig
+from vlm_jax.objectives.base import ObjectiveConfig
 from vlm_jax.objectives.images import ImagesConfig
 from vlm_jax.schedule import Cosine
 from vlm_jax.schema import ConfigError
@@ -46,12 +50,12 @@ PAPER = {
     "aim": {"600m": "aim_600m", "1b": "aim_1b", "3b": "aim_3b", "7b": "aim_7b"},
     "mae": {"b16": "mae_b16", "l16": "mae_l16", "h14": "mae_h14"},
 }
-WIDTHS = {"w16": 16, "w32": 32, "w64": 64, "w96": 96, "w128": 128}
-QUICK_WIDTHS = {"w16": 16, "w32": 32, "w48": 48}
-LAYER_WIDTH = 16  # channels for each block and for each head: width and depth grow together
-BATCH_SIZE = 64
-RATE_BY_WIDTH = {"aim": 0.3, "mae": 0.3}  # the peak learning rate is this over the width of the tower
+# Small towers are wide rather than deep: few steps teach deep ones little.
+WIDTHS = {"w16": 16, "w32": 32, "w64": 64, "w128": 128, "w256": 256}
+DEPTH, HEAD_WIDTH = 2, 16
 HEAD = {"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128}  # pixel head or decoder: one for all sizes, as published
+BATCH_SIZE = 16
+RATE = 4e-3  # peak of head or decoder, and of a tower of the same width; that of a tower is inverse to its width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +128,8 @@ def ladder_of(flags: argparse.Namespace, overrides: Mapping[str, str]) -> Ladder
     held_out = HeldOutLossConfig("validation", (data or built_in("digits")).test, path=flags.held_out)
     if flags.quick:
         held_out = dataclasses.replace(held_out, limit=40)
-    widths = QUICK_WIDTHS if flags.quick else WIDTHS
-    known = {method: tuple(widths if data else PAPER[family(method)]) for method in flags.methods}
-    sizes = chosen_sizes(flags.sizes, known)
+    known = {method: tuple(WIDTHS if data else PAPER[family(method)]) for method in flags.methods}
+    sizes = chosen_sizes(flags.sizes or (",".join(list(WIDTHS)[:3]) if flags.quick else ""), known)
     epochs = 0.2 if flags.quick else flags.epochs
     return Ladder(sizes, shares_of(flags.shares), epochs, data, held_out, {"seed": flags.seed, **overrides})
 
@@ -177,7 +180,7 @@ def planned(ladder: Ladder, method: str, size: str, share: float) -> tuple[Confi
         "evals": (ladder.held_out,),
     }
     config = checked(whole, f"scaling_{method}_{size}_{share:g}", changes)
-    tower, everything = parameter_counts(config)
+    tower, everything = parameter_counts(config.objective, config.data.preprocess)
     images = steps * config.data.batch_size
     flops = config.objective.train_flops() * images
     return config, Run(method, size, share, tower, everything, steps, images, flops)
@@ -185,11 +188,11 @@ def planned(ladder: Ladder, method: str, size: str, share: float) -> tuple[Confi
 
 def small_config(method: str, size: str, ladder: Ladder) -> Config:
     """The recipe's smoke form with a small tower, on all images."""
-    data, kind, width = ladder.data, family(method), (WIDTHS | QUICK_WIDTHS)[size]
+    data, kind, width = ladder.data, family(method), WIDTHS[size]
     assert data is not None, "the published sizes have configs of their own"
     config = load_config(f"{ROOT}/configs/{next(iter(PAPER[kind].values()))}.py:smoke")
     assert isinstance(config.objective, ImagesConfig) and isinstance(config.objective.image_tower, ViTConfig)
-    blocks = {"width": width, "depth": width // LAYER_WIDTH, "heads": width // LAYER_WIDTH, "mlp_dim": 4 * width}
+    blocks = {"width": width, "depth": DEPTH, "heads": width // HEAD_WIDTH, "mlp_dim": 4 * width}
     pixels = {"image_size": data.image_size, "patch_size": data.patch_size}
     steps = max(round(len(data.unlabelled.build("")) * ladder.epochs / BATCH_SIZE), 4)
     changes: dict[str, Any] = {
@@ -197,7 +200,8 @@ def small_config(method: str, size: str, ladder: Ladder) -> Config:
         "data.source": data.unlabelled,
         "data.augment": data.augment,
         "data.batch_size": BATCH_SIZE,
-        "optimizer.learning_rate": RATE_BY_WIDTH[kind] / width,
+        "optimizer.learning_rate": RATE,
+        "parts.image.lr": HEAD["width"] / width,
         "optimizer.schedule": Cosine(warmup_steps=steps // 20),
         "train.steps": steps,
         "train.log_every": max(steps // 5, 1),
@@ -212,12 +216,17 @@ def small_config(method: str, size: str, ladder: Ladder) -> Config:
 
 
 def paper_config(method: str, size: str, ladder: Ladder) -> Config:
-    """The published recipe of a size, on all images."""
-    config = load_config(f"{ROOT}/configs/{PAPER[family(method)][size]}.py", ladder.common)
-    return checked(config, size, hidden(method))
+    """The published recipe of a size, on all images, for as many steps as that of the smallest."""
+    recipes = PAPER[family(method)]
+    smallest, own = (
+        load_config(f"{ROOT}/configs/{recipe}.py", ladder.common)
+        for recipe in (next(iter(recipes.values())), recipes[size])
+    )
+    length = {"train.steps": smallest.train.steps, "optimizer.schedule": smallest.optimizer.schedule}
+    return checked(own, size, length | hidden(method))
 
 
-def hidden(method: str) -> dict[str, float]:
+def hidden(method: str) -> dict[str, Any]:
     """What an MAE of this name hides."""
     share = method.removeprefix("mae")
     return {"objective.model.mask_ratio": int(share) / 100} if share != method else {}
@@ -233,10 +242,10 @@ def share_of(data: DataConfig, share: float) -> SourceConfig:
     return SubsetConfig(data.source, path=data.path, share=share)
 
 
-def parameter_counts(config: Config) -> tuple[int, int]:
-    """(those in the blocks of the tower, all): Kaplan et al.'s non-embedding parameters, without the head's."""
-    objective = config.objective.build(config.data.preprocess, config.compute_dtype("cpu"))
-    params, _ = jax.eval_shape(objective.init, jax.random.key(0))
+@functools.cache
+def parameter_counts(method: ObjectiveConfig, preprocess: PreprocessConfig) -> tuple[int, int]:
+    """(those in the blocks of the tower, all): the first are Kaplan et al.'s, without embeddings and without a head."""
+    params, _ = jax.eval_shape(method.build(preprocess, jnp.float32).init, jax.random.key(0))
     leaves = [(tree_path(path), leaf.size) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     return sum(size for path, size in leaves if path.startswith("image/blocks/")), sum(size for _, size in leaves)
 
