@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 HUBER_DELTA = 1e-2
 STARTS = {"floor": (0.05, 0.5, 0.9), "exponent": (0.1, 0.4, 1.0)}  # floor as a share of the least loss
 MOST = 5.0  # the largest exponent that is looked for
-RESAMPLES = 200  # of the residuals, for the intervals
+RESAMPLES = 100  # of the residuals, for the intervals
 SHARE = 0.9  # of the resamples that an interval holds
 
 

@@ -126,7 +126,7 @@ def test_the_plan_counts_parameters_and_flops(small: list[Any]) -> None:
     # the first layer needs no gradient of its input
     assert counted / 8 * run.images == pytest.approx(run.flops, rel=0.1)
     table = report.plan_table([run for _, run in small])
-    assert f"| AIM | w32 | 1 | {run.parameters:,} | {run.all_parameters:,} | {run.steps} |" in table
+    assert f"| AIM | w32 | 1 | {run.parameters:,} | {run.all_parameters:,} | {run.steps:,} |" in table
     assert table.count("%") >= 60 and "60 runs" in table
 
 
