@@ -17,7 +17,7 @@ METHODS = {"aim": "AIM", "mae50": "MAE 50 %", "mae75": "MAE 75 %"}
 BEGIN, END = "<!-- written by benchmarks/scaling.py -->", "<!-- end -->"
 CURVES = {
     "parameters": "loss by parameters N, all images",
-    "data": "loss by images seen D, largest tower",
+    "data": "loss by images seen D, best size",
     "joint": "loss by N and D, all runs",
     "compute": "least loss by FLOPs C",
 }
@@ -79,7 +79,7 @@ def fitted(runs: Sequence[Run]) -> dict[str, dict[str, Curve]]:
 
 def _curves(runs: Sequence[Run]) -> Iterator[tuple[str, Curve]]:
     best = frontier(runs)
-    for name, points in (("parameters", whole(runs)), ("data", largest(runs)), ("joint", runs), ("compute", best)):
+    for name, points in (("parameters", whole(runs)), ("data", best_sizes(runs)), ("joint", runs), ("compute", best)):
         losses = [run.loss for run in points]
         try:
             found = fit(losses, *([_value(run, letter) for run in points] for letter in LETTERS[name]))
@@ -105,9 +105,10 @@ def whole(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.share == max(run.share for run in runs)]
 
 
-def largest(runs: Sequence[Run]) -> list[Run]:
-    """Those of the largest tower."""
-    return [run for run in runs if run.parameters == max(run.parameters for run in runs)]
+def best_sizes(runs: Sequence[Run]) -> list[Run]:
+    """The best size on each share of the images: the data alone limit it (Kaplan et al., section 4.1)."""
+    shares = dict.fromkeys(run.share for run in runs)
+    return [min((run for run in runs if run.share == share), key=lambda run: run.loss) for share in shares]
 
 
 def frontier(runs: Sequence[Run]) -> list[Run]:
@@ -200,7 +201,7 @@ def draw(runs: Sequence[Run], curves: Mapping[str, Mapping[str, Curve]], path: P
         panels,
         (
             ("parameters", whole, "parameters of the tower's blocks (curve: all images)"),
-            ("data", largest, "images seen (curve: the largest tower)"),
+            ("data", best_sizes, "images seen (curve: the best size)"),
             ("compute", frontier, "FLOPs of training (curve: the best runs)"),
         ),
         strict=True,
