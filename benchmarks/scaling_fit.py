@@ -46,7 +46,7 @@ class Fit:
 
     Attributes:
         law: the curve.
-        intervals: (low, high) of each exponent: the middle 90 % over fits to resampled residuals.
+        intervals: (low, high) of each exponent: the middle 90 % over fits to resampled residuals; NaN without any.
         points: how many losses it was fitted to.
         error: root mean square of the relative residuals.
     """
@@ -83,6 +83,8 @@ def fit(losses: Sequence[float], *variables: Sequence[float], resamples: int = R
         law, drawn = _law(best, centres), _resampled(log_loss, u_kxn, best, resamples, seed)
     exponents = [_law(theta, centres).exponents for theta in drawn] or [law.exponents]
     edges = np.quantile(exponents, [(1 - SHARE) / 2, (1 + SHARE) / 2], axis=0)
+    if len(loss_n) == len(best):
+        edges = np.full_like(edges, np.nan)  # a curve through every point has no residuals that could tell
     intervals = tuple((float(low), float(high)) for low, high in edges.T)
     error = np.sqrt(np.mean(np.square(log_loss - _log_law(best, u_kxn)[0])))
     return Fit(law, intervals, len(loss_n), float(error))

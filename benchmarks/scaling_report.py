@@ -177,7 +177,7 @@ def _fits(curves: Mapping[str, Mapping[str, Curve]]) -> str:
                 continue
             found = curve.fit
             intervals = "; ".join(
-                f"{exponent:.2f} ({low:.2f} to {high:.2f})"
+                f"{exponent:.2f}" + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")
                 for exponent, (low, high) in zip(found.law.exponents, found.intervals, strict=True)
             )
             optimal = "" if math.isnan(curve.optimal) else f"{curve.optimal:.2f}"

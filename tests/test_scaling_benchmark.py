@@ -34,6 +34,8 @@ def test_exponents_of_exact_losses_are_found_whatever_the_units() -> None:
     small = PowerLaw(0.24, (0.9,), (0.45,))
     x = np.array([3e3, 2e4, 2e5, 7e5])
     assert fit(small(x), x, resamples=0).law.exponents == pytest.approx((0.45,), rel=1e-3)
+    # three points, three parameters: nothing is left that could tell how sure the exponent is
+    assert np.isnan(fit(small(x[:3]), x[:3]).intervals).all() and not np.isnan(fit(small(x), x).intervals).any()
     # no floor at all
     bare = PowerLaw(0.0, (3.0,), (0.2,))
     assert fit(bare(x), x, resamples=0).law.exponents == pytest.approx((0.2,), rel=1e-2)
