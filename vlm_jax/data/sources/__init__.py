@@ -12,6 +12,7 @@ from vlm_jax.data.sources.llava_json import LlavaJsonConfig
 from vlm_jax.data.sources.mixture import MixtureConfig, MixturePart
 from vlm_jax.data.sources.parquet import ParquetConfig
 from vlm_jax.data.sources.shapes import ShapesConfig
+from vlm_jax.data.sources.subset import SubsetConfig
 from vlm_jax.data.sources.tables import CsvConfig, JsonlConfig
 from vlm_jax.data.sources.tar import TarConfig
 from vlm_jax.data.sources.text_files import TextFilesConfig
@@ -31,6 +32,7 @@ KINDS: dict[str, type[Any]] = {
     "parquet": ParquetConfig,
     "text": TextFilesConfig,
     "mixture": MixtureConfig,
+    "subset": SubsetConfig,
 }
 
 
@@ -127,6 +129,7 @@ __all__ = [
     "ShapesConfig",
     "Source",
     "SourceConfig",
+    "SubsetConfig",
     "TarConfig",
     "TextFilesConfig",
     "TfdsConfig",
