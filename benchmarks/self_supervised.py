@@ -22,13 +22,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from self_supervised_report import METHODS, draw, join_pictures, table, write_docs
 
+from vlm_jax import platforms
 from vlm_jax.config import Config, load_config, to_json
 from vlm_jax.data.block_masks import BlockMasks
-from vlm_jax.data.images import AugmentConfig
+from vlm_jax.data.images import AugmentConfig, PreprocessConfig
 from vlm_jax.data.sources import ClassFoldersConfig, DigitsConfig, ShapesConfig, SourceConfig
 from vlm_jax.data.sources.class_folders import class_folders, image_files
 from vlm_jax.evals.accuracy import AccuracyConfig
@@ -65,24 +66,25 @@ RECIPES = {
 }
 RATES = {
     "random": 0.0,
-    "aim": 1e-3,
+    "aim": 2e-3,
     "mae": 2e-3,
-    "simmim": 1e-3,
-    "beit": 1.5e-3,
+    "simmim": 2e-3,
+    "beit": 2e-3,
     "dvae": 5e-3,
     "supervised": 1e-3,
     "fine_tuned": 1e-3,
 }
 CODES = 64  # of the visual tokenizer
+PREPROCESS = PreprocessConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
     """How large everything is that costs time."""
 
-    steps: int = 400  # of pre-training, of the tokenizer and of learning from labels alone, for 36 patches
-    tuning_steps: int = 100  # of fine-tuning, for 36 patches
-    batch_size: int = 128
+    steps: int = 900  # of pre-training, of the tokenizer and of learning from labels alone, for 16 patches
+    tuning_steps: int = 225  # of fine-tuning, for 16 patches
+    batch_size: int = 64
     width: int = 96  # of the tower; a head for each 32
     depth: int = 4
     limit: int = 0  # held-out images; 0: all
@@ -90,8 +92,8 @@ class Scale:
     probe_epochs: int = 30  # of the attentive probe
 
     def for_patches(self, patches: int) -> "Scale":
-        """As many more steps as an image has fewer patches than 36: about the same time for all images."""
-        steps, tuning = (max(round(count * 36 / patches), 1) for count in (self.steps, self.tuning_steps))
+        """As many fewer steps as an image has more patches than 16: about the same time for all images."""
+        steps, tuning = (max(round(count * 16 / patches), 1) for count in (self.steps, self.tuning_steps))
         return dataclasses.replace(self, steps=steps, tuning_steps=tuning)
 
 
@@ -164,14 +166,13 @@ def scale_of(flags: argparse.Namespace) -> Scale:
 
 
 def built_in(name: str) -> Data:
-    """Scanned digits, all with labels; or drawn scenes, of which those of one object have a label."""
+    """Scanned digits, all with labels; or drawn shapes, of which a few have one."""
     if name == "digits":
         train, test = DigitsConfig(split="train"), DigitsConfig(split="test")
         return Data(name, train, train, test, 16, 4, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25)))
-    scenes = ShapesConfig(image_size=48, count=8000, max_objects=5)
-    labelled = dataclasses.replace(scenes, count=1440, max_objects=1)
-    test = dataclasses.replace(labelled, split="test", count=480)
-    return Data(name, scenes, labelled, test, 48, 8, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25), flip=0.5))
+    drawn = ShapesConfig(image_size=32, count=8000, max_objects=1, cells=1)
+    labelled, test = dataclasses.replace(drawn, count=1440), dataclasses.replace(drawn, split="test", count=480)
+    return Data(name, drawn, labelled, test, 32, 8, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25), flip=0.5))
 
 
 def own(folder: str, workdir: Path) -> Data:
@@ -217,11 +218,25 @@ def probes(data: Data, scale: Scale) -> tuple[EvalConfig, ...]:
     )
 
 
-def sized(tower: Any, data: Data, scale: Scale) -> ViTConfig:
-    """A recipe's tower at the size that all have here; so small and so short a time, none drops whole layers."""
-    size = {"width": scale.width, "depth": scale.depth, "heads": scale.width // 32, "mlp_dim": 4 * scale.width}
-    pixels = {"image_size": data.image_size, "patch_size": data.patch_size}
-    return dataclasses.replace(tower, **size, **pixels, drop_path=0.0, remat="none")
+def tower(data: Data, scale: Scale, pool: Literal["none", "mean"] = "none", mask_token: bool = False) -> ViTConfig:
+    """The tower of every row. Without a class token, which only some methods would train."""
+    return ViTConfig(
+        image_size=data.image_size,
+        patch_size=data.patch_size,
+        width=scale.width,
+        depth=scale.depth,
+        heads=scale.width // 32,
+        mlp_dim=4 * scale.width,
+        activation="gelu",
+        norm_eps=1e-6,
+        pool=pool,
+        class_token=False,
+        pos_embed="sincos",
+        mask_token=mask_token,
+        pre_norm=False,
+        patch_bias=True,
+        init="mae",
+    )
 
 
 def own_changes(method: str, data: Data, scale: Scale, workdir: Path) -> dict[str, Any]:
@@ -241,7 +256,7 @@ def own_changes(method: str, data: Data, scale: Scale, workdir: Path) -> dict[st
                 "objective.model.normalise_pixels": False,
             }
         case "simmim":
-            return {"objective.model.cell": data.patch_size}
+            return {"objective.model.cell": data.patch_size, "objective.model.mask_ratio": 0.5}
         case "beit":
             renamed = ((r"tokenizer/(.*)", r"\1"),)
             path, skip = str(workdir / data.name / "dvae"), ("image/.*", "head/.*")
@@ -270,7 +285,9 @@ def run_config(method: str, data: Data, scale: Scale, workdir: Path, common: Map
     changes = schedule_changes(RATES[method], 1 if method == "random" else scale.steps, scale.batch_size)
     changes |= {"data.source": data.unlabelled, "data.augment": data.augment, "evals": ()}
     if method != "dvae":
-        changes |= {"objective.model.image": sized(tower_of(config), data, scale), "evals": probes(data, scale)}
+        pool = "mean" if method in ("random", "supervised") else "none"
+        image = tower(data, scale, pool, mask_token=method in ("simmim", "beit"))
+        changes |= {"objective.model.image": image, "data.preprocess": PREPROCESS, "evals": probes(data, scale)}
     if method in METHODS:
         changes["evals"] += (ReconstructionsConfig(data.name, data.test, pictured=4),)
     if method in ("random", "supervised"):
@@ -283,15 +300,14 @@ def tuning_config(
     method: str, start: Config, data: Data, scale: Scale, workdir: Path, common: Mapping[str, str]
 ) -> Config:
     """The config of the fine-tuning of a run's tower, by the mean of its patches; few steps call for few tricks."""
-    tower = tower_of(start)
-    image = dataclasses.replace(tower, pool="mean", mask_token=False)
-    unused = ("(?!image/).*", "image/mask_token") if tower.mask_token else ("(?!image/).*",)
+    hides = tower_of(start).mask_token
+    unused = ("(?!image/).*", "image/mask_token") if hides else ("(?!image/).*",)
     changes = schedule_changes(RATES["fine_tuned"], scale.tuning_steps, scale.batch_size) | {
-        "objective.model": ClassifierConfig(image=image, classes=class_count(data), head_init=0.0),
+        "objective.model": ClassifierConfig(image=tower(data, scale, "mean"), classes=class_count(data), head_init=0.0),
         "objective.mixing": MixingConfig(),
         "parts.image.layer_decay": 0.75,
         "data.source": data.labelled,
-        "data.preprocess": start.data.preprocess,
+        "data.preprocess": PREPROCESS,
         "data.augment": data.augment,
         "init_from": InitFrom(path=str(workdir / data.name / method), skip=("head/.*",), ignore=unused),
         "evals": (AccuracyConfig(data.name, data.test, limit=scale.limit),),
@@ -346,6 +362,12 @@ def finished(config: Config, folder: Path) -> dict[str, float]:
     return read("eval.json") | {"seconds": read("goodput.json")["seconds"]["step"]}
 
 
+def wall_minutes(folder: Path) -> float:
+    """Of all runs in a folder together, compilation, evaluation and checkpoints included."""
+    ledgers = [json.loads(path.read_text()) for path in folder.glob("*/goodput.json")]
+    return sum(ledger["wall_seconds"] for ledger in ledgers) / 60
+
+
 def compare(
     data: Data, methods: Sequence[str], scale: Scale, workdir: Path, common: Mapping[str, str]
 ) -> dict[str, dict[str, float]]:
@@ -372,6 +394,8 @@ def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
     """The program."""
     try:
         flags, overrides = parse(arguments)
+        if platforms.computes_on_cpu():
+            platforms.keep_freed_memory()
         scale, workdir = scale_of(flags), flags.workdir
         workdir.mkdir(parents=True, exist_ok=True)
         keep_compiled_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir / "compilation_cache"))
@@ -382,7 +406,8 @@ def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
         }
         for name in results:
             join_pictures(workdir / name, flags.methods, workdir / f"self_supervised_{name}.png")
-        report = "\n\n".join(table(name, rows) for name, rows in results.items())
+        minutes = {name: wall_minutes(workdir / name) for name in results}
+        report = "\n\n".join(table(name, rows, minutes[name]) for name, rows in results.items())
         found = {"scale": dataclasses.asdict(scale), "seed": flags.seed, "overrides": overrides, "results": results}
         (workdir / "self_supervised.json").write_text(json.dumps(found, indent=1))
         (workdir / "self_supervised.md").write_text(report + "\n")

@@ -20,11 +20,11 @@ MEASURES = {
 BEGIN, END = "<!-- written by benchmarks/self_supervised.py -->", "<!-- end -->"
 
 
-def table(name: str, rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: top-1 by row and measure; the best of each measure stands out."""
+def table(name: str, rows: Mapping[str, Mapping[str, float]], minutes: float) -> str:
+    """Markdown: top-1 by row and measure, of which the best stands out, and the minutes that all of it took."""
     head = ["tower", *MEASURES.values(), "seconds of training"]
     best = {measure: max(row[measure] for row in rows.values()) for measure in MEASURES}
-    lines = [f"**{name}**", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines = [f"**{name}**, {minutes:.1f} minutes in all", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for method, row in rows.items():
         shown = {measure: f"{row[measure]:.1%}" for measure in MEASURES}
         cells = [f"**{text}**" if row[measure] == best[measure] else text for measure, text in shown.items()]

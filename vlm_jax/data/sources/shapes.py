@@ -38,7 +38,7 @@ _SPLIT_STREAMS = {"train": 0, "test": 1}
 
 @dataclasses.dataclass(frozen=True)
 class ShapesConfig(SourceConfig):
-    """Scenes on a plain ground, one object at most in each cell of a 3x3 grid."""
+    """Scenes on a plain ground, one object at most in each cell of a 3x3 grid, or close-ups of one object."""
 
     # the test scenes are drawn from the same distribution by another random stream
     split: Literal["train", "test"] = "train"
@@ -50,6 +50,8 @@ class ShapesConfig(SourceConfig):
     min_objects: int = 1
     # ... to this many
     max_objects: int = 3
+    # places for objects: 9, the grid, or 1, the whole image, whose object is three times as large
+    cells: Literal[1, 9] = 9
     # seed of the scenes; not the run's seed, which orders them
     seed: int = 0
 
@@ -59,12 +61,12 @@ class ShapesConfig(SourceConfig):
             yield "count", f"= {self.count} leaves no record; use 1 or more"
         if self.image_size < 16:
             yield "image_size", f"= {self.image_size} is too small to tell the shapes apart; use 16 or more"
-        if not 1 <= self.min_objects <= self.max_objects <= len(POSITIONS):
+        if not 1 <= self.min_objects <= self.max_objects <= self.cells:
             yield (
                 "min_objects",
                 (
                     f"= {self.min_objects} and max_objects = {self.max_objects} must satisfy "
-                    f"1 <= min_objects <= max_objects <= {len(POSITIONS)}, the cells of the grid"
+                    f"1 <= min_objects <= max_objects <= {self.cells}, the cells"
                 ),
             )
 
@@ -94,7 +96,7 @@ class ShapesSource:
         """
         rng, scene = self._scene(index)
         record: Record = {
-            "image": _draw(scene, self.config.image_size, rng),
+            "image": _draw(scene, self.config.image_size, 3.0 if self.config.cells == 1 else 1.0, rng),
             "texts": _captions(scene),
             "scene": scene,
             "key": f"{self.config.split}-{index:06d}",
@@ -113,13 +115,14 @@ class ShapesSource:
             raise IndexError(f"shapes has {self.config.count} records, no record {index}")
         rng = example_rng(self.config.seed, 2 * index + _SPLIT_STREAMS[self.config.split])
         count = int(rng.integers(self.config.min_objects, self.config.max_objects + 1))
-        cells = sorted(rng.choice(len(POSITIONS), size=count, replace=False))
+        positions = POSITIONS if self.config.cells == len(POSITIONS) else ("centre",)
+        cells = sorted(rng.choice(len(positions), size=count, replace=False))
         return rng, [
             {
                 "shape": SHAPES[rng.integers(len(SHAPES))],
                 "color": tuple(COLORS)[rng.integers(len(COLORS))],
                 "size": tuple(SIZES)[rng.integers(len(SIZES))],
-                "position": POSITIONS[cell],
+                "position": positions[cell],
             }
             for cell in cells
         ]
@@ -131,17 +134,18 @@ def _captions(scene: list[dict[str, str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((" and ".join(phrases), " and ".join(reversed(phrases)))))
 
 
-def _draw(scene: list[dict[str, str]], size: int, rng: np.random.Generator) -> np.ndarray:
+def _draw(scene: list[dict[str, str]], size: int, zoom: float, rng: np.random.Generator) -> np.ndarray:
     """Ground, colours and places vary a little from scene to scene, so that pixels alone don't name a caption."""
     wide = size * _SUPERSAMPLING
     image = Image.new("RGB", (wide, wide), tuple(int(v) for v in rng.integers(215, 256, size=3)))
     canvas = ImageDraw.Draw(image)
     for item in scene:
         row, column = divmod(POSITIONS.index(item["position"]), 3)
-        jitter_x, jitter_y = rng.uniform(-0.015, 0.015, size=2)
+        jitter_x, jitter_y = zoom * rng.uniform(-0.015, 0.015, size=2)
         centre = ((column + 0.5) / 3 + jitter_x) * wide, ((row + 0.5) / 3 + jitter_y) * wide
         color = np.clip(np.asarray(COLORS[item["color"]]) + rng.integers(-12, 13, size=3), 0, 255)
-        _draw_object(canvas, item["shape"], centre, SIZES[item["size"]] * wide, tuple(int(v) for v in color))
+        radius = zoom * SIZES[item["size"]] * wide
+        _draw_object(canvas, item["shape"], centre, radius, tuple(int(v) for v in color))
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
 
