@@ -106,8 +106,9 @@ def test_its_loss_falls_and_its_codes_tell_colours_apart(monkeypatch: pytest.Mon
     """
     monkeypatch.setattr(tiny, "batch", lambda mesh, rows, seed: {"image": jax.device_put(mosaic(rows, seed)[1])})
     config = override(DVAE, {"kl_weight": Annealed(10.0, 10.0, 1), "temperature": Annealed(1.0, 0.5, 100)})
+    settings: dict[str, Any] = RUN | {"objective": config}
     program = tiny.program(
-        **RUN | {"objective": config},
+        **settings,
         optimizer__learning_rate=1e-2,
         optimizer__weight_decay=1e-4,
         optimizer__schedule=Cosine(warmup_steps=10),
@@ -180,7 +181,8 @@ def test_mesh_and_microbatches_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_flops_are_those_of_the_jaxpr(blocks: int) -> None:
     config = override(DVAE, {"model.blocks": blocks})
-    program = tiny.program(**RUN | {"objective": config})
+    settings: dict[str, Any] = RUN | {"objective": config}
+    program = tiny.program(**settings)
     params = program.setup.abstract.params
     batch = config.batch_shapes(3)
 
