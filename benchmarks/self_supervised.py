@@ -134,7 +134,7 @@ def probes(data: Data, scale: Scale) -> tuple[EvalConfig, ...]:
     sources: dict[str, Any] = {"limit": scale.limit, "train_source": data.labelled, "train_limit": scale.train_limit}
     lambdas = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
     training = ProbeTraining(
-        learning_rates=(3e-4, 1e-3, 3e-3), weight_decays=(0.05,), epochs=scale.probe_epochs, batch_size=256
+        learning_rates=(1e-3, 3e-3, 1e-2), weight_decays=(0.05,), epochs=scale.probe_epochs, batch_size=256
     )
     return (
         LinearProbeConfig(data.name, data.test, features="mean", lambdas=lambdas, max_iterations=300, **sources),
