@@ -119,10 +119,10 @@ def _loss(
 def _forward(
     hidden: Any, head: Any, targets: Any, valid: Any, layout: _Layout
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array | None, jax.Array | None]]:
-    arrays = tuple(x.value for x in (hidden, head, targets, valid))
     # Of a frozen head no gradient is made.
     wanted = _Wanted(hidden.perturbed, head.perturbed)
-    total, correct, *gradients = _on_mesh(*arrays, layout, wanted)
+    arrays = hidden.value, head.value, targets.value, valid.value
+    total, correct, *gradients = _on_mesh(*arrays, layout=layout, wanted=wanted)
     d_hidden = gradients.pop(0) if wanted.hidden else None
     d_head = gradients.pop(0) if wanted.head else None
     return (total, correct), (d_hidden, d_head)
