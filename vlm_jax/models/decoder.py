@@ -19,7 +19,7 @@ from jax.nn.initializers import normal
 
 from vlm_jax.flops import decoder_flops
 from vlm_jax.mesh import constrain
-from vlm_jax.models.attention import KeyValues
+from vlm_jax.models.attention import DecoderAttention, KeyValues
 from vlm_jax.models.initializers import INITIALIZERS, InitName
 from vlm_jax.models.mlp import ActivationName
 from vlm_jax.models.norms import NORMS, NormName
@@ -137,13 +137,13 @@ class DecoderBlock(ResidualBlock):
         """[B, T, D] and (index, drop-path rate, cache or None) -> [B, T, D] and the tokens' own keys and values."""
         index, rate, cache = layer
         keys, init = fold_in(keys, index), self.initializers.at_layer(index)
-        attention = self._attention(init, kv_heads=self.config.kv_heads, head_dim=self.config.head_dim)
-        branch, own = attention.with_keys(
+        shape = {"kv_heads": self.config.kv_heads, "head_dim": self.config.head_dim}
+        branch, own = self._attention(init, DecoderAttention, **shape)(
             self._norm("ln_1", x_BxTxD),
+            view.angles,
             mask=view.mask,
             segments_BxT=view.segments,
             causal=self.causal,
-            angles=view.angles,
             cache=cache,
             slot=view.slot,
         )

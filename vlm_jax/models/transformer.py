@@ -115,9 +115,9 @@ class ResidualBlock(nn.Module):
     keep_output: bool
     dtype: Dtype = jnp.float32
 
-    def _attention(self, init: Initializers, **more: Any) -> Attention:
+    def _attention(self, init: Initializers, kind: type[Attention] = Attention, **more: Any) -> Any:
         config = self.config
-        return Attention(
+        return kind(
             config.heads,
             init,
             config.qkv_bias,
