@@ -119,10 +119,10 @@ def _loss(
 def _forward(
     hidden: Any, head: Any, targets: Any, valid: Any, layout: _Layout
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array | None, jax.Array | None]]:
-    arrays = tuple(x.value for x in (hidden, head, targets, valid))
     # Of a frozen head no gradient is made.
     wanted = _Wanted(hidden.perturbed, head.perturbed)
-    total, correct, *gradients = _on_mesh(*arrays, layout, wanted)
+    arrays = hidden.value, head.value, targets.value, valid.value
+    total, correct, *gradients = _on_mesh(*arrays, layout=layout, wanted=wanted)
     d_hidden = gradients.pop(0) if wanted.hidden else None
     d_head = gradients.pop(0) if wanted.head else None
     return (total, correct), (d_hidden, d_head)
@@ -190,7 +190,7 @@ def _on_device(
             sums = (*sums, carry[2] + d_head_vxD)
         if wanted.hidden:
             d_hidden_cxD = jnp.einsum("cv,vD->cD", d_logits_cxv, head_vxD, preferred_element_type=jnp.float32)
-            d_hidden_cxD = _sum_over(d_hidden_cxD, layout.vocab).astype(hidden_cxD.dtype)
+            d_hidden_cxD = _sum_over(d_hidden_cxD.astype(hidden_cxD.dtype), layout.vocab)
         return sums, d_hidden_cxD
 
     carry, d_hidden = jax.lax.scan(body, first, inputs)

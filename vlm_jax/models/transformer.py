@@ -34,9 +34,7 @@ class TransformerConfig:
 
     width: int = 768  # of the residual stream
     depth: int = 12  # number of blocks
-    heads: int = 12  # attention heads; divides width unless head_dim is given
-    kv_heads: int = 0  # heads of keys and values, each for heads / kv_heads of the queries; 0: as many as heads
-    head_dim: int = 0  # channels of a head; 0: width / heads
+    heads: int = 12  # attention heads; divides width
     mlp_dim: int = 3072  # hidden width of the MLP
     activation: ActivationName = "quick_gelu"  # of the MLP; "gelu" is the exact one
     gated: bool = False  # whether the MLP has a gate; with "silu" it is SwiGLU
@@ -55,6 +53,11 @@ class TransformerConfig:
     attention_impl: AttentionImpl = "auto"  # attention kernel
     init: InitName = "vit"  # recipe of the initial weights
 
+    @property
+    def attention_width(self) -> int:
+        """Channels of the queries of all heads together."""
+        return self.width
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that can't be built."""
         for key, value in (("width", self.width), ("heads", self.heads), ("mlp_dim", self.mlp_dim)):
@@ -62,12 +65,7 @@ class TransformerConfig:
                 yield key, f"= {value} must be at least 1"
         if self.depth < 0:
             yield "depth", f"= {self.depth} must not be negative; 0 leaves the embeddings as they are"
-        for key, value in (("kv_heads", self.kv_heads), ("head_dim", self.head_dim)):
-            if value < 0:
-                yield key, f"= {value} must not be negative"
-        if self.kv_heads > 0 and self.heads >= 1 and self.heads % self.kv_heads:
-            yield "kv_heads", f"= {self.kv_heads} does not divide heads = {self.heads}; use 0 for as many as heads"
-        if self.heads >= 1 and not self.head_dim and self.width % self.heads:
+        if self.heads >= 1 and self.attention_width % self.heads:
             divisors = [h for h in range(1, self.width + 1) if self.width % h == 0 and self.width // h >= 8]
             near = sorted(sorted(divisors, key=lambda h: abs(h - self.heads))[:3])
             yield "heads", f"= {self.heads} does not divide width {self.width}; use one of {near or [1]}"
@@ -117,19 +115,18 @@ class ResidualBlock(nn.Module):
     keep_output: bool
     dtype: Dtype = jnp.float32
 
-    def _attention(self, init: Initializers) -> Attention:
+    def _attention(self, init: Initializers, kind: type[Attention] = Attention, **more: Any) -> Any:
         config = self.config
-        return Attention(
+        return kind(
             config.heads,
             init,
             config.qkv_bias,
             config.attention_impl,
             config.key_bias,
             config.out_bias,
-            config.kv_heads,
-            config.head_dim,
             dtype=self.dtype,
             name="attn",
+            **more,
         )
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
