@@ -32,6 +32,7 @@ class ObjectiveConfig(Choice):
         from vlm_jax.objectives import (
             aim,
             aimv2,
+            albef,
             bag_of_words,
             beit,
             caption,
@@ -42,6 +43,7 @@ class ObjectiveConfig(Choice):
             dvae,
             encoder,
             mae,
+            mlm,
             siglip,
             simmim,
         )
@@ -50,6 +52,8 @@ class ObjectiveConfig(Choice):
             "clip": clip.ClipConfig,
             "siglip": siglip.SiglipConfig,
             "coca": coca.CoCaConfig,
+            "albef": albef.AlbefConfig,
+            "mlm": mlm.MlmConfig,
             "dino": dino.DinoConfig,
             "caption": caption.CaptionConfig,
             "bag_of_words": bag_of_words.BagOfWordsConfig,
