@@ -1,7 +1,7 @@
 """Texts to rows of token ids: the runtime tokenizer, its conventions and its configs.
 
-`bpe`, `sentencepieces`, `word_pieces` and `hf_tokenizer` turn one text into ids; here are context length, start and end tokens,
-padding and truncation, and what a checkpoint stores. Chat templates are not here.
+`bpe`, `sentencepieces`, `word_pieces` and `hf_tokenizer` turn one text into ids; here are context length, start and end
+tokens, padding and truncation, and what a checkpoint stores. Chat templates are not here.
 """
 
 import base64

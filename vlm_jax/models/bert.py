@@ -1,8 +1,8 @@
 """The BERT family: post-norm encoders of text that may end early, start from hidden states, and attend to an image.
 
 `TextEncoder` embeds tokens, `TextStack` goes on from hidden states (ALBEF's fusion encoder, a decoder of answers), and
-`MaskedWordHead` says which word stood where. A text pass followed by a fusion pass is one pass of a BERT of both depths.
-Not for pre-norm towers such as CLIP's, which `text` has.
+`MaskedWordHead` says which word stood where. A text pass followed by a fusion pass is one pass of a BERT of both
+depths. Not for pre-norm towers such as CLIP's, which `text` has.
 """
 
 import dataclasses
