@@ -12,23 +12,25 @@ import jax
 import numpy as np
 
 from vlm_jax import schema
-from vlm_jax.checkpoint import save_params
+from vlm_jax.checkpoint import read_extra, save_params
 from vlm_jax.config import Config, TrainConfig, to_json
 from vlm_jax.data.bpe import MAX_MERGES, ClipBpe
 from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
-from vlm_jax.data.text import ClipBpeConfig, Tokenizer
+from vlm_jax.data.text import ALBEF_TOKENIZER, ClipBpeConfig, Tokenizer, WordPieceConfig
 from vlm_jax.interop import files
 from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.preprocess import KNOWN, export_preprocess, import_preprocess
 from vlm_jax.interop.registry import FORMATS, for_export, recognise
 from vlm_jax.interop.tables import ConversionError, from_params, to_params, without_constants
 from vlm_jax.interop.tokenizer_export import export_tokenizer
-from vlm_jax.interop.tokenizer_import import import_tokenizer
+from vlm_jax.interop.tokenizer_import import import_tokenizer, import_word_pieces
 from vlm_jax.loading import Model, load
+from vlm_jax.objectives.albef import AlbefConfig
 from vlm_jax.objectives.base import ObjectiveConfig
 from vlm_jax.objectives.image_text import ImageTextConfig
 from vlm_jax.objectives.images import ImagesConfig
+from vlm_jax.objectives.mlm import MlmConfig
 from vlm_jax.optim import AdamW
 
 WEIGHT_FILES: dict[Library, str] = {
@@ -76,15 +78,16 @@ def import_weights(
         activation, preprocess = activation or "quick_gelu", preprocess or "clip"
     model = found.read_config(tensors, model_settings, activation)
     schema.validate(model)
-    tensors = without_constants(tensors, found.constants(model), found.title)
+    extra = found.read_extra(tensors, model)
+    tensors = without_constants(found.own(tensors, model), found.constants(model), found.title)
     params = to_params(tensors, found.rows(model), found.shapes(model), found.title, allow_unexpected=allow_unexpected)
     objective = found.objective(model)
     view = _preprocess(found, preprocess, preprocess_settings, objective.image_size)
     data, built = DataConfig(preprocess=view), None
     note, detail = "it reads no text", objective.kind()
     if objective.reads_text:
-        built, note = import_tokenizer(weights.folder, tokenizer, model.text)
-        settings = built.config if built else ClipBpeConfig(length=model.text.length)
+        built, note = _tokenizer(weights.folder, tokenizer, objective, model)
+        settings = built.config if built else ClipBpeConfig(length=objective.batch_shapes(1)["text"].shape[1])
         data, detail = dataclasses.replace(data, tokenizer=settings), model.text.activation
     config = _config(objective, data)
     if built is not None:
@@ -95,12 +98,22 @@ def import_weights(
         config=to_json(config),
         tokenizer=built.state() if built else None,
         preprocess=schema.to_dict(view),
+        extra=extra,
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return (
         f"imported {count:,} parameters of {found.title} ({detail}) into {target}; images: "
         f"{view.resize}, mean {view.mean}, std {view.std}; {note}"
     )
+
+
+def _tokenizer(folder: Path, flag: str, objective: ObjectiveConfig, model: Any) -> tuple[Tokenizer | None, str]:
+    """The tokenizer to store, and a remark; that of a BERT's vocabulary for the encoders of its family."""
+    if isinstance(objective, AlbefConfig):
+        return import_word_pieces(folder, flag, ALBEF_TOKENIZER, objective.text_length)
+    if isinstance(objective, MlmConfig):
+        return import_word_pieces(folder, flag, WordPieceConfig(), objective.text_length)
+    return import_tokenizer(folder, flag, model.text)
 
 
 def _settings(found: Mapping[str, Any], library: Library) -> tuple[Any, Any]:
@@ -166,7 +179,7 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
         view = export_preprocess(model.config.data.preprocess, (side, side), family)
     params = jax.tree.map(np.asarray, found.parameters(ours))
     tensors = from_params(params, found.rows(config), found.title) | found.constants(config)
-    tensors = found.published(tensors)
+    tensors = {**found.published(tensors), **found.write_extra(_extra(found, source), config)}
     files.make_directory(target)
     files.write_weights(target / WEIGHT_FILES[family], tensors, dtype)
     note = _write_tokenizer(model, target, family, settings)
@@ -176,6 +189,12 @@ def export_weights(source: Path, target: Path, *, family: Library, dtype: str = 
     elif family == "open_clip":
         files.write_json(target / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": view})
     return f"exported {len(tensors)} tensors as {found.title} to {target}; tokenizer: {note}"
+
+
+def _extra(found: Format, source: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its parameters, where the format has a place for it."""
+    keeps = type(found).write_extra is not Format.write_extra
+    return jax.tree.map(np.asarray, read_extra(source)) if keeps else {}
 
 
 def _exported(objective: ObjectiveConfig, params: Any, family: Library, source: Path) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from vlm_jax.data.text import (
     HfTokenizerConfig,
     SentencePieceConfig,
     Tokenizer,
+    WordPieceConfig,
     build_tokenizer,
 )
 from vlm_jax.interop import files
@@ -55,6 +56,29 @@ def import_tokenizer(folder: Path, flag: str, text: TextConfig) -> tuple[Tokeniz
     except ConfigError as error:
         return None, f"no tokenizer is stored: {error}"
     return tokenizer, f"tokenizer: CLIP's, assumed from the {text.vocab_size} ids of the model"
+
+
+def import_word_pieces(
+    folder: Path, flag: str, conventions: WordPieceConfig, length: int
+) -> tuple[Tokenizer | None, str]:
+    """As `import_tokenizer`, of an encoder of BERT's family: from a `vocab.txt`.
+
+    Args:
+        folder: where the weights lie.
+        flag: the vocabulary; "none" for no tokenizer; "" for the folder's.
+        conventions: how texts are cleaned, begun and ended.
+        length: tokens of a text.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    if flag == NO_TOKENIZER:
+        return None, "no tokenizer is stored, as --tokenizer=none asks"
+    file = Path(flag) if flag else folder / "vocab.txt"
+    if not flag and not file.is_file():
+        return None, "no tokenizer is stored: no vocab.txt lies beside the weights, pass --tokenizer=FILE"
+    tokenizer = build_tokenizer(dataclasses.replace(conventions, length=length, path=str(file)), None)
+    return tokenizer, f"tokenizer: wordpiece of {tokenizer.vocab_size} ids from {file}"
 
 
 def _read(file: Path, text: TextConfig) -> Tokenizer:
@@ -111,4 +135,4 @@ def reads_canonical_text(text: TextConfig) -> bool:
     return text.pool == "last" and not text.causal
 
 
-__all__ = ["NO_TOKENIZER", "import_tokenizer", "reads_canonical_text"]
+__all__ = ["NO_TOKENIZER", "import_tokenizer", "import_word_pieces", "reads_canonical_text"]
