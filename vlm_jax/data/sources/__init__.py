@@ -8,6 +8,8 @@ from vlm_jax.data.sources.array_record import ArrayRecordConfig
 from vlm_jax.data.sources.base import BadRecord, Record, Source, SourceConfig, keys_at
 from vlm_jax.data.sources.class_folders import ClassFoldersConfig, class_folders, image_files
 from vlm_jax.data.sources.digits import DigitsConfig
+from vlm_jax.data.sources.json_lists import JsonListsConfig
+from vlm_jax.data.sources.lines import LinesConfig
 from vlm_jax.data.sources.mixture import MixtureConfig, MixturePart
 from vlm_jax.data.sources.shapes import ShapesConfig
 from vlm_jax.data.sources.tables import CsvConfig, JsonlConfig
@@ -21,6 +23,8 @@ KINDS: dict[str, type[Any]] = {
     "tar": TarConfig,
     "jsonl": JsonlConfig,
     "csv": CsvConfig,
+    "json": JsonListsConfig,
+    "lines": LinesConfig,
     "tfds": TfdsConfig,
     "array_record": ArrayRecordConfig,
     "class_folders": ClassFoldersConfig,
@@ -39,6 +43,10 @@ def source_for_path(path: str) -> SourceConfig:
         return JsonlConfig(path=path)
     if lower.endswith((".csv", ".tsv")):
         return CsvConfig(path=path)
+    if lower.endswith(".json"):
+        return JsonListsConfig(path=path)
+    if lower.endswith(".txt"):
+        return LinesConfig(path=path)
     if os.path.isdir(path):
         return _source_for_folder(path)
     if "array_record" in lower:
@@ -91,7 +99,7 @@ def _source_for_folder(path: str) -> SourceConfig:
 def _unknown(path: str, what: str) -> ConfigError:
     return ConfigError(
         f"config.data.source.path = {path!r} is {what}; give tar shards (folder, glob, or shard-{{000..009}}.tar), "
-        "a .jsonl, .csv or .tsv file, *.array_record files, a folder with a folder per class, or set "
+        "a .jsonl, .json, .csv, .tsv or .txt file, *.array_record files, a folder with a folder per class, or set "
         "config.data.source to a kind and its own keys"
     )
 
@@ -103,7 +111,9 @@ __all__ = [
     "ClassFoldersConfig",
     "CsvConfig",
     "DigitsConfig",
+    "JsonListsConfig",
     "JsonlConfig",
+    "LinesConfig",
     "MixtureConfig",
     "MixturePart",
     "Record",

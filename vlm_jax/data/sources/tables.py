@@ -44,16 +44,22 @@ class TableConfig(KeyedConfig):
             )
         return self.path
 
-    def read_image(self, name: str, key: str) -> bytes:
-        """Bytes of an image file; raises `BadRecord` when it can't be read."""
-        root = self.image_root or os.path.dirname(os.path.abspath(self.path))
+    def read_image(self, name: str, key: str, table: str = "") -> bytes:
+        """Bytes of an image file; raises `BadRecord` when it can't be read.
+
+        Args:
+            name: of the file.
+            key: of the record.
+            table: the file that names it, where `path` is not one file.
+        """
+        root = self.image_root or os.path.dirname(os.path.abspath(table or self.path))
         try:
             with open(os.path.join(root, name), "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             why = getattr(error, "strerror", None) or str(error)
             where = "" if os.path.isabs(name) else f" in {root}, the source's image_root"
-            raise BadRecord(self.path, key, f"its image {name!r} can't be read: {why}{where}") from error
+            raise BadRecord(table or self.path, key, f"its image {name!r} can't be read: {why}{where}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +135,7 @@ class JsonlSource:
 
     def __init__(self, config: JsonlConfig):
         self.config, self.captions = config, config.caption_keys()
-        self.starts, self.stops = _line_spans(config.table())
+        self.starts, self.stops = line_spans(config.table())
         if not len(self.starts):
             raise ConfigError(f"{config.path} holds no line; give a file with one JSON object per line")
         config.check_keys(self._columns(), config.path, "column")
@@ -194,7 +200,7 @@ class JsonlSource:
         return row
 
 
-def _line_spans(path: str) -> tuple[np.ndarray, np.ndarray]:
+def line_spans(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Byte offsets, first and past the last, of the lines that hold anything but white space."""
     ends, position, last = [], 0, b""
     with open(path, "rb") as file:
