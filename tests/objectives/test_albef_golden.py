@@ -32,8 +32,13 @@ def step() -> dict[str, Any]:
             (total, count), aux = objective.pair_loss(params, extra, embeddings, STEP)
             return total / count, (aux, embeddings)
 
-        def module(method: str, *arguments: Any) -> jax.Array:
+        def module(method: str, *arguments: Any) -> Any:
             return objective.module.apply({"params": params}, *arguments, method=method)
+
+        def words(tokens: jax.Array) -> jax.Array:
+            texts = batch["masked_text"]
+            states = module("text_states", texts)
+            return module("word_logits", module("fuse", states["tokens"], texts != 0, tokens), states["table"])
 
         (value, (aux, embeddings)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         tokens = embeddings["image_tokens"]
@@ -44,7 +49,7 @@ def step() -> dict[str, Any]:
             "embeddings": {name: x for name, x in embeddings.items() if name != "keys"},
             "after": objective.after(extra, params, aux.updates, STEP),
             "fusion": module("fuse", embeddings["text_tokens"], embeddings["valid"], tokens),
-            "words": module("hidden_words", batch["masked_text"], tokens),
+            "words": words(tokens),
         }
 
     return jax.tree.map(np.asarray, run(golden.params(), golden.extra()))

@@ -78,7 +78,7 @@ class OfficialAlbef(Format):
         text = read_encoder(tensors, _TEXT, self.title, _BERT | {"num_attention_heads": heads[1]})
         cross = [int(match[1]) for name in tensors if (match := re.fullmatch(_layer_pattern(_CROSS), name))]
         keys = [field.name for field in dataclasses.fields(TextStackConfig)]
-        stack = {key: getattr(text, key) for key in keys} | {"depth": len(cross), "cross_every": 1}
+        stack: dict[str, Any] = {key: getattr(text, key) for key in keys} | {"depth": len(cross), "cross_every": 1}
         return AlbefModelConfig(
             image=image,
             text=dataclasses.replace(text, depth=text.depth - len(cross)),

@@ -85,8 +85,9 @@ def queue_contrast(
     Returns:
         (the sum over rows, half of it each way, fp32; logits within the batch [B, B], of images to texts and back).
     """
-    slow = {"image": jax.lax.stop_gradient(image[1]), "text": jax.lax.stop_gradient(text[1])}
-    earlier, rows = {}, allowed_BxB.shape[0]
+    slow: dict[str, jax.Array] = {"image": jax.lax.stop_gradient(image[1]), "text": jax.lax.stop_gradient(text[1])}
+    earlier: dict[str, jax.Array] = {}
+    rows = allowed_BxB.shape[0]
     allowed_BxN, positive_BxN = allowed_BxB, positive_BxB
     if queue is not None:
         earlier, same_BxQ = dict(zip(("image", "text"), queue[:2], strict=True)), queue[2]

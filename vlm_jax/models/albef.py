@@ -147,13 +147,24 @@ class Albef(nn.Module):
         self, texts: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False
     ) -> dict[str, jax.Array]:
         """int32 [B, T] -> the encoder's outputs, and "features" [B, E] fp32 of unit length."""
+        outputs = self.text_states(texts, keys, intermediates=intermediates)
+        return outputs | {"features": self.text_features(outputs.pop("summary"))}
+
+    def text_states(
+        self, texts: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False
+    ) -> dict[str, jax.Array]:
+        """int32 [B, T] -> the encoder's outputs, and "summary" [B, D], the class token that is compared with images."""
         layer, depth = self.config.feature_layer, self.config.text.depth
         inner = 0 < layer < depth
         outputs = self.text(texts, keys, intermediates=intermediates or inner)
         states = outputs["blocks"][layer - 1] if inner else outputs["tokens"]
         if not intermediates:
             outputs = {name: outputs[name] for name in ("tokens", "table")}
-        return outputs | {"features": _features(self.text_projection(states[:, 0]))}
+        return outputs | {"summary": states[:, 0]}
+
+    def text_features(self, summary_BxD: jax.Array) -> jax.Array:
+        """ "summary" of `text_states` -> features [B, E] fp32 of unit length."""
+        return _features(self.text_projection(summary_BxD))
 
     def valid(self, texts: jax.Array) -> jax.Array:
         """int32 [B, T] -> bool [B, T], the tokens that are no padding."""
@@ -169,11 +180,9 @@ class Albef(nn.Module):
         """States of pairs -> fp32 [B, 2]: the scores of "they don't belong together" and, at `MATCHED`, "they do"."""
         return self.matching_head(fused_BxTxD[:, 0])
 
-    def hidden_words(self, texts: jax.Array, image_BxSxC: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """Texts with hidden words and tokens of their images -> logits of the words [B, T, V]."""
-        text = self.text(texts, fold_in(keys, 0))
-        fused = self.fuse(text["tokens"], self.valid(texts), image_BxSxC, fold_in(keys, 1))
-        return self.words(fused, text["table"])
+    def word_logits(self, fused_BxTxD: jax.Array, table_VxE: jax.Array) -> jax.Array:
+        """States of pairs, and "table" of the text encoder's outputs -> logits of the words [B, T, V]."""
+        return self.words(fused_BxTxD, table_VxE)
 
     def image_vectors(self, images: jax.Array, which: str) -> jax.Array:
         """Normalised float [B, H, W, 3] -> fp32 [B, D]: "pooled", before the projection, or "embedding", after it."""

@@ -22,21 +22,19 @@ from vlm_jax.losses.momentum_contrast import (
     Scope,
     enqueue,
     group_count,
-    hard_negatives,
-    in_chunks,
     queue_contrast,
     same_group,
     same_identity,
-    take_rows,
 )
 from vlm_jax.losses.tokens import correct_tokens, token_cross_entropy
-from vlm_jax.mesh import constrain, unbox
-from vlm_jax.models.albef import MATCHED, Albef, AlbefModelConfig
+from vlm_jax.mesh import unbox
+from vlm_jax.models.albef import Albef, AlbefModelConfig
 from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.models.projection import unit_length
 from vlm_jax.models.stochastic import row_keys
 from vlm_jax.objectives.base import normalise_images
 from vlm_jax.objectives.image_text import ImageTextConfig, ImageTextObjective
+from vlm_jax.objectives.matching import matching_loss
 from vlm_jax.objectives.mlm import check_word_tokenizer
 from vlm_jax.step import Aux, Batch, Ratio
 
@@ -231,48 +229,61 @@ class AlbefObjective(ImageTextObjective):
         config, texts = self.config, batch["text"]
         images = normalise_images(batch["image"], self.preprocess)
         averaged, _ = self._averaged(params, extra)
+        masked, chosen = hidden_words_of(config.hidden_words, config.model.text.vocab_size, batch, row_keys(keys, 5))
         image = self._call(params, "encode_image", images, row_keys(keys, 0))
+        slow_image = jax.lax.stop_gradient(image)
+        if config.momentum_image and "averaged" in extra:
+            slow_image = self._call(averaged, "encode_image", images, row_keys(keys, 1))
+        plain = {"plain": texts} if config.itc_weight or config.itm_weight else {}
+        hidden = {"hidden": masked} if config.mlm_weight else {}
+        states = self._states(params, plain | hidden, row_keys(keys, 2))
+        slow_states = jax.lax.stop_gradient(states)
+        if config.momentum_text and "averaged" in extra:
+            slow = (plain if config.itc_weight else {}) | (hidden if config.distils_words else {})
+            slow_states = self._states(averaged, slow, row_keys(keys, 3))
         found = {"rows": jnp.ones(texts.shape[0]), "image/statistics": image.get("statistics")}
         given = ("identity", "negative_image", "negative_text")
         found |= {name: batch[name] for name in given if name in batch}
-        text, slow_image = {}, jax.lax.stop_gradient(image)
-        if config.momentum_image and "averaged" in extra:
-            slow_image = self._call(averaged, "encode_image", images, row_keys(keys, 1))
-        if config.itc_weight or config.itm_weight:
-            text = self._call(params, "encode_text", texts, row_keys(keys, 2))
         if config.itc_weight:
-            slow_text = jax.lax.stop_gradient(text)
-            if config.momentum_text:
-                slow_text = self._call(averaged, "encode_text", texts, row_keys(keys, 3))
-            for name, side in (("image", image), ("text", text), ("slow_image", slow_image), ("slow_text", slow_text)):
-                found[f"{name}_features"] = side["features"]
+            found |= {"image_features": image["features"], "slow_image_features": slow_image["features"]}
+            for name, weights, side in (("text", params, states), ("slow_text", averaged, slow_states)):
+                found[f"{name}_features"] = self._call(weights, "text_features", side["plain"]["summary"])
         if config.itm_weight:
-            found |= {"image_tokens": image["tokens"], "text_tokens": text["tokens"], "keys": row_keys(keys, 4)}
-            found["valid"] = self._call(params, "valid", texts)
+            found |= {"image_tokens": image["tokens"], "text_tokens": states["plain"]["tokens"]}
+            found |= {"valid": self._call(params, "valid", texts), "keys": row_keys(keys, 4)}
         if config.mlm_weight:
-            found |= self._hidden_words(params, averaged, batch, image["tokens"], slow_image["tokens"], keys, step)
+            valid = self._call(params, "valid", masked)
+            logits = self._word_logits(params, states["hidden"], valid, image["tokens"], row_keys(keys, 6))
+            sums, counts = token_cross_entropy(logits, texts, chosen)
+            if config.distils_words:
+                hidden, tokens = slow_states["hidden"], slow_image["tokens"]
+                taught = self._word_logits(averaged, hidden, valid, tokens, row_keys(keys, 7))
+                share = self._share(step)
+                sums = (1 - share) * sums + share * distillation_loss(logits, taught, chosen)
+            hits = correct_tokens(logits, texts, chosen)
+            found |= {"word_sums": sums, "word_counts": counts, "word_hits": hits}
         return {name: value for name, value in found.items() if value is not None}
 
-    def _hidden_words(
-        self,
-        params: Any,
-        averaged: Any,
-        batch: Batch,
-        tokens: jax.Array,
-        slow_tokens: jax.Array,
-        keys: jax.Array,
-        step: jax.Array,
-    ) -> dict[str, jax.Array]:
-        """Nats of a row's hidden words with the averaged model's share, their number, and how many are guessed."""
-        config, texts = self.config, batch["text"]
-        masked, chosen = hidden_words_of(config.hidden_words, config.model.text.vocab_size, batch, row_keys(keys, 5))
-        logits = self._call(params, "hidden_words", masked, tokens, row_keys(keys, 6))
-        sums, counts = token_cross_entropy(logits, texts, chosen)
-        if config.distils_words:
-            slow_logits = self._call(averaged, "hidden_words", masked, slow_tokens, row_keys(keys, 7))
-            share = self._share(step)
-            sums = (1 - share) * sums + share * distillation_loss(logits, slow_logits, chosen)
-        return {"word_sums": sums, "word_counts": counts, "word_hits": correct_tokens(logits, texts, chosen)}
+    def _states(self, params: Any, texts: dict[str, jax.Array], keys: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        """What the text encoder makes of several texts of each row, in one pass."""
+        if not texts:
+            return {}
+        count = len(texts)
+        # The texts of a row beside each other, so that they stay on the row's device.
+        flat = jnp.stack(list(texts.values()), axis=1).reshape(keys.shape[0] * count, -1)
+        flat_keys = jnp.stack([row_keys(keys, place) for place in range(count)], axis=1).reshape(-1)
+        states = self._call(params, "text_states", flat, flat_keys)
+        split = {name: states[name].reshape(-1, count, *states[name].shape[1:]) for name in ("tokens", "summary")}
+        return {
+            name: {"table": states["table"]} | {key: x[:, place] for key, x in split.items()}
+            for place, name in enumerate(texts)
+        }
+
+    def _word_logits(
+        self, params: Any, states: dict[str, jax.Array], valid: jax.Array, tokens: jax.Array, keys: jax.Array
+    ) -> jax.Array:
+        fused = self._call(params, "fuse", states["tokens"], valid, tokens, keys)
+        return self._call(params, "word_logits", fused, states["table"])
 
     def pair_loss(self, params: Any, extra: Any, embeddings: Any, step: jax.Array) -> tuple[Ratio, Aux]:
         """The weighted sum of the three means, counted as rows."""
@@ -282,18 +293,23 @@ class AlbefObjective(ImageTextObjective):
         allowed, positive = same_group(rows, groups), jnp.eye(rows, dtype=bool)
         if config.positives != "row":
             positive |= allowed & self._same(embeddings["identity"], embeddings["identity"])
-        total, logits, ratios = jnp.zeros(()), (jnp.zeros((rows, rows)),) * 2, {}
+        total, logits, ratios = jnp.zeros(()), (jnp.zeros((rows, rows)), jnp.zeros((rows, rows))), {}
         if config.itc_weight:
-            sides = tuple(
+            image, text = (
                 (embeddings[f"{name}_features"], embeddings[f"slow_{name}_features"]) for name in ("image", "text")
             )
             queue = self._queue_block(extra, embeddings)
             share = self._share(step) if config.distillation else None
-            loss, logits = queue_contrast(*sides, queue, 1.0 / params["temperature"], allowed, positive, share)
+            loss, logits = queue_contrast(image, text, queue, 1.0 / params["temperature"], allowed, positive, share)
             ratios["itc_loss"] = (loss, jnp.asarray(rows, jnp.float32))
             total += config.itc_weight * loss / rows
         if config.itm_weight:
-            ratios |= self._matching(params, embeddings, logits, allowed & ~positive, groups)
+
+            def match(*pairs: jax.Array) -> jax.Array:
+                return self._call(params, "match", self._call(params, "fuse", *pairs))
+
+            candidates, chunks = allowed & ~positive, config.matching_chunks
+            ratios |= matching_loss(match, embeddings, logits, candidates, groups=groups, chunks=chunks)
             total += config.itm_weight * ratios["itm_loss"][0] / ratios["itm_loss"][1]
         if config.mlm_weight:
             nats, hits, words = (embeddings[f"word_{name}"].sum() for name in ("sums", "hits", "counts"))
@@ -318,43 +334,6 @@ class AlbefObjective(ImageTextObjective):
         if self.config.positives != "row":
             same = self._same(embeddings["identity"], queue["identity"])
         return queue["image"], queue["text"], same
-
-    def _matching(
-        self, params: Any, embeddings: Any, logits: tuple[jax.Array, jax.Array], candidates: jax.Array, groups: int
-    ) -> dict[str, Ratio]:
-        """ITM over each pair, its text with a wrong image, and its image with a wrong text."""
-        image_to_text, text_to_image = logits
-        keys, valid = embeddings["keys"], embeddings["valid"]
-        tokens, states = embeddings["image_tokens"], embeddings["text_tokens"]
-        image_B, image_found_B = hard_negatives(text_to_image, candidates, row_keys(keys, 0))
-        text_B, text_found_B = hard_negatives(image_to_text, candidates, row_keys(keys, 1))
-        image_B, text_B = embeddings.get("negative_image", image_B), embeddings.get("negative_text", text_B)
-        other_valid = take_rows(valid[:, :, None], text_B, groups)[:, :, 0]
-        other_tokens, other_states = take_rows(tokens, image_B, groups), take_rows(states, text_B, groups)
-        # The three pairs of a row beside each other, so that they stay on the row's device.
-        pairs_BxK = (
-            jnp.stack([states, states, other_states], axis=1),
-            jnp.stack([valid, valid, other_valid], axis=1),
-            jnp.stack([tokens, other_tokens, tokens], axis=1),
-            jnp.stack([row_keys(keys, 2 + place) for place in range(3)], axis=1),
-        )
-        scores_Bx3x2 = in_chunks(lambda pairs: self._match(params, *pairs), pairs_BxK, self.config.matching_chunks)
-        counted_Bx3 = jnp.stack([jnp.ones_like(image_found_B), image_found_B, text_found_B], axis=1)
-        label_Bx3 = jnp.where(jnp.arange(3)[None] == 0, MATCHED, 1 - MATCHED).repeat(len(scores_Bx3x2), axis=0)
-        sums, counts = token_cross_entropy(scores_Bx3x2, label_Bx3, counted_Bx3)
-        hits, missing = correct_tokens(scores_Bx3x2, label_Bx3, counted_Bx3), (~counted_Bx3).sum(dtype=jnp.float32)
-        return {
-            "itm_loss": (sums.sum(), counts.sum()),
-            "itm_accuracy": (hits.sum(), counts.sum()),
-            "pairs_without_negative": (missing, jnp.ones(())),
-        }
-
-    def _match(self, params: Any, states: jax.Array, valid: jax.Array, tokens: jax.Array, keys: jax.Array) -> jax.Array:
-        """Pairs [B, K, ...] -> their scores fp32 [B, K, 2]."""
-        flat = [x.reshape(-1, *x.shape[2:]) for x in (states, valid, tokens, keys)]
-        flat[0], flat[2] = (constrain(flat[place], "batch", "length", "embed") for place in (0, 2))
-        scores = self._call(params, "match", self._call(params, "fuse", *flat))
-        return scores.reshape(*states.shape[:2], 2)
 
     def constrain(self, params: Any, updates: Any) -> Any:
         """The temperature back within its limits; the published step does it before the next one's features."""
