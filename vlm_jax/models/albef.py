@@ -140,8 +140,18 @@ class Albef(nn.Module):
         self, images: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False
     ) -> dict[str, jax.Array]:
         """Normalised float [B, H, W, 3] -> the tower's outputs, and "features" [B, E] fp32 of unit length."""
-        outputs = self.image(images, keys, intermediates=intermediates)
-        return outputs | {"features": _features(self.image_projection(outputs["pooled"]))}
+        outputs = self.image_states(images, keys, intermediates=intermediates)
+        return outputs | {"features": self.image_features(outputs["pooled"])}
+
+    def image_states(
+        self, images: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False
+    ) -> dict[str, jax.Array]:
+        """Normalised float [B, H, W, 3] -> the tower's outputs."""
+        return self.image(images, keys, intermediates=intermediates)
+
+    def image_features(self, pooled_BxD: jax.Array) -> jax.Array:
+        """ "pooled" of `image_states` -> features [B, E] fp32 of unit length."""
+        return _features(self.image_projection(pooled_BxD))
 
     def encode_text(
         self, texts: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False

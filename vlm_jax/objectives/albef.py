@@ -144,7 +144,7 @@ class AlbefConfig(ImageTextConfig):
             online += text
         if self.itc_weight:
             online += image_feature + text_feature
-            averaged += image_feature * self.momentum_image + (text + text_feature) * self.momentum_text
+            averaged += image_feature + text_feature + text * self.momentum_text
         if self.itm_weight:
             online += 3 * (fusion + 2 * model.fusion.width * 2)
         if self.mlm_weight:
@@ -230,10 +230,10 @@ class AlbefObjective(ImageTextObjective):
         images = normalise_images(batch["image"], self.preprocess)
         averaged, _ = self._averaged(params, extra)
         masked, chosen = hidden_words_of(config.hidden_words, config.model.text.vocab_size, batch, row_keys(keys, 5))
-        image = self._call(params, "encode_image", images, row_keys(keys, 0))
+        image = self._call(params, "image_states", images, row_keys(keys, 0))
         slow_image = jax.lax.stop_gradient(image)
         if config.momentum_image and "averaged" in extra:
-            slow_image = self._call(averaged, "encode_image", images, row_keys(keys, 1))
+            slow_image = self._call(averaged, "image_states", images, row_keys(keys, 1))
         plain = {"plain": texts} if config.itc_weight or config.itm_weight else {}
         hidden = {"hidden": masked} if config.mlm_weight else {}
         states = self._states(params, plain | hidden, row_keys(keys, 2))
@@ -245,9 +245,9 @@ class AlbefObjective(ImageTextObjective):
         given = ("identity", "negative_image", "negative_text")
         found |= {name: batch[name] for name in given if name in batch}
         if config.itc_weight:
-            found |= {"image_features": image["features"], "slow_image_features": slow_image["features"]}
-            for name, weights, side in (("text", params, states), ("slow_text", averaged, slow_states)):
-                found[f"{name}_features"] = self._call(weights, "text_features", side["plain"]["summary"])
+            found |= self._features(params, image, states["plain"], "")
+            slow = self._features(averaged, slow_image, slow_states["plain"], "slow_")
+            found |= {name: jax.lax.stop_gradient(x) for name, x in slow.items()}
         if config.itm_weight:
             found |= {"image_tokens": image["tokens"], "text_tokens": states["plain"]["tokens"]}
             found |= {"valid": self._call(params, "valid", texts), "keys": row_keys(keys, 4)}
@@ -277,6 +277,13 @@ class AlbefObjective(ImageTextObjective):
         return {
             name: {"table": states["table"]} | {key: x[:, place] for key, x in split.items()}
             for place, name in enumerate(texts)
+        }
+
+    def _features(self, params: Any, image: Any, text: Any, which: str) -> dict[str, jax.Array]:
+        """What is compared, [B, E] each."""
+        return {
+            f"{which}image_features": self._call(params, "image_features", image["pooled"]),
+            f"{which}text_features": self._call(params, "text_features", text["summary"]),
         }
 
     def _word_logits(
