@@ -85,12 +85,13 @@ def queue_contrast(
     Returns:
         (the sum over rows, half of it each way, fp32; logits within the batch [B, B], of images to texts and back).
     """
-    slow: dict[str, jax.Array] = {"image": jax.lax.stop_gradient(image[1]), "text": jax.lax.stop_gradient(text[1])}
+    slow: dict[str, jax.Array] = jax.lax.stop_gradient({"image": image[1], "text": text[1]})
     earlier: dict[str, jax.Array] = {}
     rows = allowed_BxB.shape[0]
     allowed_BxN, positive_BxN = allowed_BxB, positive_BxB
     if queue is not None:
-        earlier, same_BxQ = dict(zip(("image", "text"), queue[:2], strict=True)), queue[2]
+        same_BxQ = queue[2]
+        earlier |= {"image": queue[0], "text": queue[1]}
         allowed_BxN = jnp.concatenate([allowed_BxB, jnp.ones_like(same_BxQ)], axis=1)
         positive_BxN = jnp.concatenate([positive_BxB, same_BxQ], axis=1)
 
