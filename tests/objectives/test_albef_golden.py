@@ -50,6 +50,7 @@ def step() -> dict[str, Any]:
             "after": objective.after(extra, params, aux.updates, STEP),
             "fusion": module("fuse", embeddings["text_tokens"], embeddings["valid"], tokens),
             "words": words(tokens),
+            "scores": objective.prompt_scores(params, batch["image"], batch["text"]),
         }
 
     return jax.tree.map(np.asarray, run(golden.params(), golden.extra()))
@@ -71,6 +72,17 @@ def test_what_the_losses_are_made_of(step: dict[str, Any]) -> None:
         np.testing.assert_allclose(step["embeddings"][ours], OUT[theirs], atol=2e-5, err_msg=ours)
     np.testing.assert_allclose(step["fusion"], OUT["fusion_pos"], atol=2e-5)
     np.testing.assert_allclose(step["words"], OUT["mlm_logits"], atol=2e-5)
+
+
+def test_scores_of_every_image_with_every_text(step: dict[str, Any]) -> None:
+    """Those of the pairs, and of the texts with the negatives that the reference drew."""
+    logits = OUT["itm_logits"].astype(np.float64)
+    expected = logits[:, 1] - np.log(np.exp(logits).sum(axis=1))
+    negatives = golden.batch()
+    rows = np.arange(4)
+    found = [step["scores"][rows, rows], step["scores"][negatives["negative_image"], rows]]
+    found.append(step["scores"][rows, negatives["negative_text"]])
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=2e-5)
 
 
 def test_the_gradients(step: dict[str, Any]) -> None:

@@ -307,7 +307,7 @@ class TextStack(nn.Module):
         config, x = self.config, states_BxTxD
         if x.shape[-1] != config.width:
             init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim).projection
-            x = Linear((config.width,), (None, "embed"), init, dtype=self.dtype, name="project")(x)
+            x = Linear((config.width,), ("embed", None), init, dtype=self.dtype, name="project")(x)
             x = constrain(x, "batch", "length", "embed")
         embed = x
         x, blocks = run_layers(
@@ -335,7 +335,7 @@ class MaskedWordHead(nn.Module):
         encoder = self.encoder
         init = INITIALIZERS[encoder.init](encoder.width, encoder.depth, encoder.mlp_dim)
         width = encoder.width if self.config.tied else states_BxTxD.shape[-1]
-        x = Linear((width,), ("embed", "mlp"), init.projection, dtype=self.dtype, name="transform")(states_BxTxD)
+        x = Linear((width,), ("embed", None), init.projection, dtype=self.dtype, name="transform")(states_BxTxD)
         x = LayerNorm(encoder.norm_eps, name="norm")(ACTIVATIONS[encoder.activation](x))
         x = constrain(x, "batch", "length", "embed")
         if not self.config.tied:

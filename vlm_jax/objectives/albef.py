@@ -28,7 +28,7 @@ from vlm_jax.losses.momentum_contrast import (
 )
 from vlm_jax.losses.tokens import correct_tokens, token_cross_entropy
 from vlm_jax.mesh import unbox
-from vlm_jax.models.albef import Albef, AlbefModelConfig
+from vlm_jax.models.albef import MATCHED, Albef, AlbefModelConfig
 from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.models.projection import unit_length
 from vlm_jax.models.stochastic import row_keys
@@ -383,6 +383,17 @@ class AlbefObjective(ImageTextObjective):
     def image_vectors(self, params: Any, images: jax.Array, which: str) -> jax.Array:
         """See the base."""
         return self._apply_images(params, images, "image_vectors", which)
+
+    def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
+        """log p(they belong together), fp32 [B, P], by the fusion encoder; one text after the other, as `Caption`."""
+        tokens, rows = self._apply_images(params, images, "image_states")["tokens"], images.shape[0]
+        states, valid = self._call(params, "text_states", texts)["tokens"], self._call(params, "valid", texts)
+
+        def score(text: tuple[jax.Array, jax.Array]) -> jax.Array:
+            fused = self._call(params, "fuse", *(jnp.broadcast_to(x, (rows, *x.shape)) for x in text), tokens)
+            return jax.nn.log_softmax(self._call(params, "match", fused), axis=-1)[:, MATCHED]
+
+        return jax.lax.map(score, (states, valid)).T
 
 
 __all__ = ["AlbefConfig", "AlbefObjective"]
