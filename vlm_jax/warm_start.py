@@ -123,6 +123,8 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
         ConfigError: lists every parameter that is missing, unused or of another shape, and every rule without use.
         CheckpointError: no checkpoint there, or a damaged one.
     """
+    if not init_from.sources:
+        return params
     orbax_noise.silence()
     ours, treedef = flatten_paths(params), jax.tree.structure(params)
     new, taken = dict(ours), set()
