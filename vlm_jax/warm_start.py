@@ -73,12 +73,10 @@ class InitFrom:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Patterns that aren't regular expressions, and rules without a source."""
-        patterns = {"map": [pattern for pattern, _ in self.map], "skip": self.skip, "ignore": self.ignore}
-        for key, group in (patterns | {"resize": self.resize}).items():
-            if key != "map":
-                yield from _pattern_problems(key, group)
         yield from _map_problems(self.map)
-        for key, group in patterns.items():
+        for key in ("skip", "ignore", "resize"):
+            yield from _pattern_problems(key, getattr(self, key))
+        for key, group in (("map", self.map), ("skip", self.skip), ("ignore", self.ignore)):
             if group and not self.path:
                 yield key, "is given without a source; set init_from.path"
         if self.extra and not self.path:

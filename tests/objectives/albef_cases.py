@@ -22,11 +22,11 @@ from vlm_jax.optim import AdamW
 from vlm_jax.schedule import Constant
 from vlm_jax.schema import override
 
-ROWS, LENGTH, VOCABULARY, QUEUE = 16, 8, 40, 24
+ROWS, LENGTH, VOCABULARY, QUEUE = 16, 8, 64, 24
 
 
 def config(**overrides: Any) -> Config:
-    """Images of 16 pixels, texts of eight tokens of 40; overrides with `__` for the dot."""
+    """Images of 16 pixels, texts of eight tokens of 64; overrides with `__` for the dot."""
     sizes = {"width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
     model = AlbefModelConfig(
         image=override(deit_b16(16), {**sizes, "patch_size": 8, "drop_path": 0.2}),

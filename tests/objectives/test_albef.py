@@ -13,7 +13,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax.assemble import build_program
-from vlm_jax.checkpoint import read_extra, read_params
+from vlm_jax.checkpoint import CheckpointConfig, Checkpointer, read_extra, read_params
 from vlm_jax.config import load_config
 from vlm_jax.data.text import build_tokenizer
 from vlm_jax.flops import TRAIN_OVER_FORWARD, count_dot_flops
@@ -193,6 +193,19 @@ class StopAt(StopRequest):
         return step == self.step
 
 
+def test_copies_queues_and_pointer_are_in_the_checkpoint(reference: Any, tmp_path: Path) -> None:
+    """Saved on one device and restored on eight, bit for bit."""
+    state = reference[0]
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(every=1))
+    checkpointer.save(2, state, data_position=32, config={}, tokenizer=None, preprocess={})
+    restored = checkpointer.restore(cases.program(tiny.mesh(2, 2, 2)).setup.abstract)
+    checkpointer.close()
+    assert restored is not None
+    tiny.assert_trees_equal(restored[0], state)
+    assert int(restored[0].extra["queue"]["pointer"]) == 8
+
+
+@pytest.mark.slow
 def test_a_broken_run_ends_as_the_unbroken_one(tmp_path: Path) -> None:
     """Bit for bit, copies, queues and pointer too."""
     config = cases.config(train__steps=4, mesh__data=2, mesh__fsdp=4)
