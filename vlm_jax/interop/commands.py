@@ -87,9 +87,8 @@ def import_weights(
     note, detail = "it reads no text", objective.kind()
     if objective.reads_text:
         built, note = _tokenizer(weights.folder, tokenizer, objective, model)
-        objective = objective if built is None else _hiding_words_of(objective, built)
-        settings = built.config if built else ClipBpeConfig(length=objective.batch_shapes(1)["text"].shape[1])
-        data, detail = dataclasses.replace(data, tokenizer=settings), model.text.activation
+        objective, data = _reading(objective, data, built)
+        detail = model.text.activation
     config = _config(objective, data)
     if built is not None:
         objective.check_tokenizer(built)
@@ -117,13 +116,18 @@ def _tokenizer(folder: Path, flag: str, objective: ObjectiveConfig, model: Any) 
     return import_tokenizer(folder, flag, model.text)
 
 
-def _hiding_words_of(objective: ObjectiveConfig, tokenizer: Tokenizer) -> ObjectiveConfig:
-    """The method with the mask token of its tokenizer; the tokens that begin, end and fill a text are never hidden."""
-    if not isinstance(objective, AlbefConfig | MlmConfig) or tokenizer.mask_id < 0:
-        return objective
+def _reading(
+    objective: ObjectiveConfig, data: DataConfig, tokenizer: Tokenizer | None
+) -> tuple[ObjectiveConfig, DataConfig]:
+    """Method and data with what a tokenizer says; the tokens that begin, end and fill a text are never hidden."""
+    length = objective.batch_shapes(1)["text"].shape[1]
+    settings = ClipBpeConfig(length=length) if tokenizer is None else tokenizer.config
+    data = dataclasses.replace(data, tokenizer=settings)
+    if tokenizer is None or tokenizer.mask_id < 0 or not isinstance(objective, AlbefConfig | MlmConfig):
+        return objective, data
     spared = (tokenizer.pad_id, tokenizer.bos_id, *[tokenizer.eos_id] * tokenizer.config.eos)
     words = dataclasses.replace(objective.hidden_words, mask_id=tokenizer.mask_id, spared_ids=spared)
-    return dataclasses.replace(objective, hidden_words=words)
+    return dataclasses.replace(objective, hidden_words=words), data
 
 
 def _settings(found: Mapping[str, Any], library: Library) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm_jax.interop.formats import ImageTowerFormat, block_sizes, check_expressible, check_supported, square_side
 from vlm_jax.interop.hf import read_tower, write_tower
-from vlm_jax.interop.hf_vit_mae import renamed, vit_block_rows
+from vlm_jax.interop.hf_vit_mae import BLOCK_SPELLINGS, renamed, vit_block_rows
 from vlm_jax.interop.mae import encoder_heads, encoder_rows
 from vlm_jax.interop.tables import (
     ConversionError,
@@ -28,16 +28,7 @@ from vlm_jax.models.vit import ViTConfig
 _BLOCK, _PATCHES = "encoder.layer.{layer}.", "embeddings.patch_embeddings.projection"
 _POSITIONS = "embeddings.position_embeddings"
 # The names of the Hub; transformers 5 calls the live parameters otherwise.
-_SPELLINGS = (
-    (r"^(vit|deit)\.", ""),
-    (r"^layers\.", "encoder.layer."),
-    (r"\.attention\.q_proj\.", ".attention.attention.query."),
-    (r"\.attention\.k_proj\.", ".attention.attention.key."),
-    (r"\.attention\.v_proj\.", ".attention.attention.value."),
-    (r"\.attention\.o_proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-)
+_SPELLINGS = ((r"^(vit|deit)\.", ""), (r"^layers\.", "encoder.layer."), *BLOCK_SPELLINGS)
 _UNUSED = re.compile(r"(pooler|classifier|cls_classifier|head)\..*")
 _DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "num_attention_heads": 12}
 _COMPUTED = {"qkv_bias": True, "num_channels": 3}

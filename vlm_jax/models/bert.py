@@ -17,7 +17,6 @@ from jax.nn.initializers import zeros
 
 from vlm_jax.flops import cross_attention_flops, transformer_flops
 from vlm_jax.mesh import constrain
-from vlm_jax.models.attention import Attention
 from vlm_jax.models.initializers import INITIALIZERS, Initializers
 from vlm_jax.models.linear import Linear
 from vlm_jax.models.mlp import ACTIVATIONS, MLP, ActivationName
@@ -110,10 +109,14 @@ class PostNormBlock(Block):
         """As `Block`; `mask` and `bias` are those of the attention over x."""
         config, (index, rate) = self.config, layer
         keys, init = fold_in(keys, index), self.initializers.at_layer(index)
-        branch = self._attend("attn", init)(x_BxTxD, mask=mask, bias=bias, causal=self.causal, keys=fold_in(keys, 3))
+        branch = self._attention("attn", init, config.attention_dropout)(
+            x_BxTxD, mask=mask, bias=bias, causal=self.causal, keys=fold_in(keys, 3)
+        )
         x_BxTxD = self._norm("ln_1", self._add(x_BxTxD, branch, "layer_scale_1", rate, fold_in(keys, 0)))
         if context_BxSxC is not None:
-            branch = self._attend("cross", init)(x_BxTxD, context_BxSxC, keys=fold_in(keys, 4))
+            branch = self._attention("cross", init, config.attention_dropout)(
+                x_BxTxD, context_BxSxC, keys=fold_in(keys, 4)
+            )
             x_BxTxD = self._norm("ln_cross", self._add(x_BxTxD, branch, "layer_scale_cross", rate, fold_in(keys, 2)))
         x_BxTxD = checkpoint_name(x_BxTxD, "middle")
         mlp = MLP(config.mlp_dim, config.activation, init, config.mlp_bias, config.gated, dtype=self.dtype, name="mlp")
@@ -123,20 +126,6 @@ class PostNormBlock(Block):
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return NORMS[self.config.norm](self.config.norm_eps, name=name)(x)
-
-    def _attend(self, name: str, init: Initializers) -> Attention:
-        config = self.config
-        return Attention(
-            config.heads,
-            init,
-            config.qkv_bias,
-            config.attention_impl,
-            config.key_bias,
-            config.out_bias,
-            dtype=self.dtype,
-            dropout=config.attention_dropout,
-            name=name,
-        )
 
 
 class LayerGroup(nn.Module):

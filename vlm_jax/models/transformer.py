@@ -128,16 +128,7 @@ class Block(nn.Module):
         if self.relative is not None:
             own = RelativePositionBias(self.relative, config.heads, name="relative_position")()
             bias = own if bias is None else bias + own
-        attention = Attention(
-            config.heads,
-            init,
-            config.qkv_bias,
-            config.attention_impl,
-            config.key_bias,
-            config.out_bias,
-            dtype=self.dtype,
-            name="attn",
-        )
+        attention = self._attention("attn", init)
         if context_BxSxC is not None:
             context_BxSxC = norm(config.norm_eps, name="ln_context")(context_BxSxC)
         normed = norm(config.norm_eps, name="ln_1")(x_BxTxD)
@@ -146,6 +137,20 @@ class Block(nn.Module):
         if config.mlp_dim:
             x_BxTxD = self._add_mlp(x_BxTxD, init, rate, fold_in(keys, 1))
         return x_BxTxD, x_BxTxD if self.keep_output else None
+
+    def _attention(self, name: str, init: Initializers, dropped: float = 0.0) -> Attention:
+        config = self.config
+        return Attention(
+            config.heads,
+            init,
+            config.qkv_bias,
+            config.attention_impl,
+            config.key_bias,
+            config.out_bias,
+            dtype=self.dtype,
+            dropout=dropped,
+            name=name,
+        )
 
     def _add_mlp(self, x: jax.Array, init: Initializers, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         config = self.config
