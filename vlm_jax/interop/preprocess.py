@@ -13,11 +13,12 @@ _HALF = (0.5, 0.5, 0.5)
 # What models are known to want whose files don't tell it.
 KNOWN: dict[str, PreprocessConfig] = {
     "clip": PreprocessConfig(),
-    "albef": PreprocessConfig(resize="squash"),
     "siglip": PreprocessConfig(resize="squash", mean=_HALF, std=_HALF),
     "imagenet": PreprocessConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
     # BEiT on ImageNet-22k, and what else comes from Inception
     "inception": PreprocessConfig(mean=_HALF, std=_HALF),
+    # ALBEF: CLIP's numbers, both sides squeezed
+    "albef": PreprocessConfig(resize="squash"),
     # pixels in [0, 1]
     "dalle": PreprocessConfig(interpolation="lanczos", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
 }
