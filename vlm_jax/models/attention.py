@@ -12,7 +12,7 @@ from vlm_jax.mesh import constrain
 from vlm_jax.models.initializers import Initializers
 from vlm_jax.models.linear import Linear
 from vlm_jax.models.rotary import Rotary, rotate
-from vlm_jax.models.softmax_attention import softmax_attention
+from vlm_jax.models.softmax_attention import dropped_attention, softmax_attention
 from vlm_jax.models.splash import splash_attention
 
 AttentionImpl = Literal["auto", "xla", "cudnn", "flash"]
@@ -144,6 +144,7 @@ class Attention(nn.Module):
         key_bias: false leaves the keys without one all the same (BEiT).
         out_bias: whether the output projection has one.
         dtype: compute dtype.
+        dropout: share of the attention's weights that is dropped in training (BERT); no kernel but XLA's does that.
     """
 
     heads: int
@@ -153,6 +154,7 @@ class Attention(nn.Module):
     key_bias: bool = True
     out_bias: bool = True
     dtype: Dtype = jnp.float32
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -163,14 +165,21 @@ class Attention(nn.Module):
         bias: jax.Array | None = None,
         mask: jax.Array | None = None,
         causal: bool = False,
+        keys: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, D] (and a context [B, S, C]) -> [B, T, D]; `bias`, `mask` and `causal` as in `attend`."""
+        """[B, T, D] (and a context [B, S, C]) -> [B, T, D]; `bias`, `mask` and `causal` as in `attend`.
+
+        `keys` are those of the rows for dropout, or None at evaluation. Dropout does not go with a bias.
+        """
         width = x_BxTxD.shape[-1]
         sources = {"query": x_BxTxD, "key": x_BxTxD, "value": x_BxTxD}
         if context_BxSxC is not None:
             sources |= {"key": context_BxSxC, "value": context_BxSxC}
         q, k, v = (self._split_heads(name, x, self.heads, width // self.heads) for name, x in sources.items())
-        context = attend(q, k, v, bias=bias, mask=mask, causal=causal, impl=self.impl)
+        if self.dropout and keys is not None:
+            context = dropped_attention(q, k, v, mask, causal, self.dropout, keys)
+        else:
+            context = attend(q, k, v, bias=bias, mask=mask, causal=causal, impl=self.impl)
         return self._out(context, width)
 
     def _split_heads(self, name: str, x: jax.Array, heads: int, head_dim: int) -> jax.Array:

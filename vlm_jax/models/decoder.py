@@ -137,7 +137,7 @@ class DecoderBlock(ResidualBlock):
         """[B, T, D] and (index, drop-path rate, cache or None) -> [B, T, D] and the tokens' own keys and values."""
         index, rate, cache = layer
         keys, init = fold_in(keys, index), self.initializers.at_layer(index)
-        shape = {"kv_heads": self.config.kv_heads, "head_dim": self.config.head_dim}
+        shape: dict[str, Any] = {"kv_heads": self.config.kv_heads, "head_dim": self.config.head_dim}
         branch, own = self._attention(init, DecoderAttention, **shape)(
             self._norm("ln_1", x_BxTxD),
             view.angles,

@@ -16,7 +16,7 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import constant
 
-from vlm_jax.flops import transformer_flops
+from vlm_jax.flops import cross_attention_flops, transformer_flops
 from vlm_jax.mesh import constrain
 from vlm_jax.models.attention import Attention, AttentionImpl
 from vlm_jax.models.initializers import INITIALIZERS, Initializers, InitName
@@ -90,11 +90,8 @@ class CrossDecoderConfig(TransformerConfig):
 
     def stack_flops(self, tokens: int, context_tokens: int, context_width: int) -> int:
         """Model FLOPs of the stack's forward pass for one sequence of `tokens` and its context."""
-        width, queries_and_outputs = self.width, 2 * tokens * 2 * self.width**2
-        keys_and_values = 2 * context_tokens * 2 * context_width * width
-        scores_and_sums = 2 * 2 * tokens * context_tokens * width
-        cross = queries_and_outputs + keys_and_values + scores_and_sums
-        own = transformer_flops(width, self.depth, self.self_mlp_dim + self.mlp_dim, tokens)
+        cross = cross_attention_flops(self.width, tokens, context_tokens, context_width)
+        own = transformer_flops(self.width, self.depth, self.self_mlp_dim + self.mlp_dim, tokens)
         return own + self.depth * cross
 
 
@@ -115,7 +112,7 @@ class ResidualBlock(nn.Module):
     keep_output: bool
     dtype: Dtype = jnp.float32
 
-    def _attention(self, init: Initializers, kind: type[Attention] = Attention, **more: Any) -> Any:
+    def _attention(self, init: Initializers, kind: type[Attention] = Attention, name: str = "attn", **more: Any) -> Any:
         config = self.config
         return kind(
             config.heads,
@@ -125,7 +122,7 @@ class ResidualBlock(nn.Module):
             config.key_bias,
             config.out_bias,
             dtype=self.dtype,
-            name="attn",
+            name=name,
             **more,
         )
 

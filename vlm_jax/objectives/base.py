@@ -33,6 +33,7 @@ class ObjectiveConfig(Choice):
         from vlm_jax.objectives import (
             aim,
             aimv2,
+            albef,
             bag_of_words,
             beit,
             caption,
@@ -44,6 +45,7 @@ class ObjectiveConfig(Choice):
             encoder,
             lm,
             mae,
+            mlm,
             siglip,
             simmim,
         )
@@ -52,6 +54,8 @@ class ObjectiveConfig(Choice):
             "clip": clip.ClipConfig,
             "siglip": siglip.SiglipConfig,
             "coca": coca.CoCaConfig,
+            "albef": albef.AlbefConfig,
+            "mlm": mlm.MlmConfig,
             "dino": dino.DinoConfig,
             "caption": caption.CaptionConfig,
             "bag_of_words": bag_of_words.BagOfWordsConfig,
