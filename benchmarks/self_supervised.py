@@ -270,7 +270,10 @@ def tower_of(config: Config) -> ViTConfig:
 
 
 def finished(config: Config, folder: Path) -> dict[str, float]:
-    """The metrics of a run: those in its folder if this config made them, else it is begun or continued there."""
+    """The metrics of a run: those in its folder if this config made them, else it is begun or continued there.
+
+    Among them "seconds", those of its steps.
+    """
 
     def read(name: str) -> dict[str, Any]:
         return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
@@ -280,7 +283,7 @@ def finished(config: Config, folder: Path) -> dict[str, float]:
         print(f"--- {folder}", flush=True)
         if code := train(config, str(folder)):
             raise SystemExit(code)  # a signal: saved, and the same command goes on from there
-    return read("eval.json")
+    return read("eval.json") | {"seconds": read("goodput.json")["seconds"]["step"]}
 
 
 def compare(
