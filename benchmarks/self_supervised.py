@@ -15,22 +15,20 @@ WORKDIR/self_supervised.json, .md and .png and pictures of reconstructions; `--d
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from self_supervised_data import Data, built_in, class_count, own
 from self_supervised_report import METHODS, draw, join_pictures, table, write_docs
 
+from vlm_jax import platforms
 from vlm_jax.config import Config, load_config, to_json
 from vlm_jax.data.block_masks import BlockMasks
-from vlm_jax.data.images import AugmentConfig
-from vlm_jax.data.sources import ClassFoldersConfig, DigitsConfig, ShapesConfig, SourceConfig
-from vlm_jax.data.sources.class_folders import class_folders, image_files
+from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.evals.accuracy import AccuracyConfig
 from vlm_jax.evals.attentive_probe import AttentiveProbeConfig
 from vlm_jax.evals.base import EvalConfig
@@ -40,7 +38,7 @@ from vlm_jax.evals.probe_training import ProbeTraining
 from vlm_jax.evals.reconstructions import ReconstructionsConfig
 from vlm_jax.main import keep_compiled_programs, split_overrides
 from vlm_jax.models.classifier import ClassifierConfig
-from vlm_jax.models.dvae import STRIDE, DvaeModelConfig
+from vlm_jax.models.dvae import DvaeModelConfig
 from vlm_jax.models.masked_autoencoder import PixelDecoderConfig
 from vlm_jax.models.pixel_head import PixelHeadConfig
 from vlm_jax.models.vit import ViTConfig
@@ -65,24 +63,25 @@ RECIPES = {
 }
 RATES = {
     "random": 0.0,
-    "aim": 1e-3,
+    "aim": 2e-3,
     "mae": 2e-3,
-    "simmim": 1e-3,
-    "beit": 1.5e-3,
+    "simmim": 2e-3,
+    "beit": 2e-3,
     "dvae": 5e-3,
     "supervised": 1e-3,
     "fine_tuned": 1e-3,
 }
 CODES = 64  # of the visual tokenizer
+PREPROCESS = PreprocessConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
     """How large everything is that costs time."""
 
-    steps: int = 400  # of pre-training, of the tokenizer and of learning from labels alone, for 36 patches
-    tuning_steps: int = 100  # of fine-tuning, for 36 patches
-    batch_size: int = 128
+    steps: int = 900  # of pre-training and of learning from labels alone, for 16 patches; of the tokenizer a third
+    tuning_steps: int = 225  # of fine-tuning, for 16 patches
+    batch_size: int = 64
     width: int = 96  # of the tower; a head for each 32
     depth: int = 4
     limit: int = 0  # held-out images; 0: all
@@ -90,45 +89,12 @@ class Scale:
     probe_epochs: int = 30  # of the attentive probe
 
     def for_patches(self, patches: int) -> "Scale":
-        """As many more steps as an image has fewer patches than 36: about the same time for all images."""
-        steps, tuning = (max(round(count * 36 / patches), 1) for count in (self.steps, self.tuning_steps))
+        """As many fewer steps as an image has more patches than 16: about the same time for all images."""
+        steps, tuning = (max(round(count * 16 / patches), 1) for count in (self.steps, self.tuning_steps))
         return dataclasses.replace(self, steps=steps, tuning_steps=tuning)
 
 
 QUICK = Scale(2, 2, batch_size=16, width=32, depth=2, limit=40, train_limit=80, probe_epochs=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Images of one kind.
-
-    Attributes:
-        name: in tables and folders.
-        unlabelled: what is pre-trained on.
-        labelled: what probes, fine-tuning and the supervised tower learn from.
-        test: what they are judged on.
-        image_size: side in pixels.
-        patch_size: side of a patch; there are 16 to 64 of them.
-        augment: the random view of all training.
-    """
-
-    name: str
-    unlabelled: SourceConfig
-    labelled: SourceConfig
-    test: SourceConfig
-    image_size: int
-    patch_size: int
-    augment: AugmentConfig
-
-    @property
-    def patches(self) -> int:
-        """Patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def code_size(self) -> int:
-        """Side in pixels of the tokenizer's images: a code for each patch."""
-        return self.image_size // self.patch_size * STRIDE
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -163,52 +129,12 @@ def scale_of(flags: argparse.Namespace) -> Scale:
     return dataclasses.replace(scale, steps=steps, tuning_steps=tuning)
 
 
-def built_in(name: str) -> Data:
-    """Scanned digits, all with labels; or drawn scenes, of which those of one object have a label."""
-    if name == "digits":
-        train, test = DigitsConfig(split="train"), DigitsConfig(split="test")
-        return Data(name, train, train, test, 16, 4, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25)))
-    scenes = ShapesConfig(image_size=48, count=8000, max_objects=5)
-    labelled = dataclasses.replace(scenes, count=1440, max_objects=1)
-    test = dataclasses.replace(labelled, split="test", count=480)
-    return Data(name, scenes, labelled, test, 48, 8, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25), flip=0.5))
-
-
-def own(folder: str, workdir: Path) -> Data:
-    """Images in a folder per class; raises `ConfigError` where there are none."""
-    root = Path(folder).expanduser().resolve()
-    held_out = next((root / name for name in ("val", "test", "validation") if (root / name).is_dir()), None)
-    train: Path | None = root / "train"
-    if not train.is_dir() or held_out is None:
-        train, held_out = split(root, workdir / "images")
-    sources = [ClassFoldersConfig(path=str(path)) for path in (train, held_out)]
-    augment = AugmentConfig(scale=(0.4, 1.0), flip=0.5)
-    name = re.sub(r"\W+", "_", root.name) or "images"  # stands in names of metrics
-    return Data(name, sources[0], sources[0], sources[1], 64, 8, augment)
-
-
-def split(root: Path, into: Path) -> tuple[Path, Path]:
-    """Folders of links to the images of `root`: (four of five of each class, every fifth)."""
-    if not root.is_dir() or not class_folders(str(root)):
-        raise ConfigError(f"--images={root} is no folder with a folder of images for each class")
-    for name in class_folders(str(root)):
-        files = sorted(image_files(str(root), name))
-        if len(files) < 5:
-            raise ConfigError(f"--images: {root / name} holds {len(files)} images; a class needs 5, one to be held out")
-        for index, file in enumerate(files):
-            link = into / ("test" if index % 5 == 4 else "train") / name / f"{index:07d}{Path(file).suffix}"
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():
-                link.symlink_to(root / file)
-    return into / "train", into / "test"
-
-
 def probes(data: Data, scale: Scale) -> tuple[EvalConfig, ...]:
     """The evaluations of a frozen tower; all see the patches, for not every method trains a class token."""
     sources: dict[str, Any] = {"limit": scale.limit, "train_source": data.labelled, "train_limit": scale.train_limit}
     lambdas = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
     training = ProbeTraining(
-        learning_rates=(3e-4, 1e-3, 3e-3), weight_decays=(0.05,), epochs=scale.probe_epochs, batch_size=256
+        learning_rates=(1e-3, 3e-3, 1e-2), weight_decays=(0.05,), epochs=scale.probe_epochs, batch_size=256
     )
     return (
         LinearProbeConfig(data.name, data.test, features="mean", lambdas=lambdas, max_iterations=300, **sources),
@@ -217,11 +143,25 @@ def probes(data: Data, scale: Scale) -> tuple[EvalConfig, ...]:
     )
 
 
-def sized(tower: Any, data: Data, scale: Scale) -> ViTConfig:
-    """A recipe's tower at the size that all have here; so small and so short a time, none drops whole layers."""
-    size = {"width": scale.width, "depth": scale.depth, "heads": scale.width // 32, "mlp_dim": 4 * scale.width}
-    pixels = {"image_size": data.image_size, "patch_size": data.patch_size}
-    return dataclasses.replace(tower, **size, **pixels, drop_path=0.0, remat="none")
+def tower(data: Data, scale: Scale, pool: Literal["none", "mean"] = "none", mask_token: bool = False) -> ViTConfig:
+    """The tower of every row. Without a class token, which only some methods would train."""
+    return ViTConfig(
+        image_size=data.image_size,
+        patch_size=data.patch_size,
+        width=scale.width,
+        depth=scale.depth,
+        heads=scale.width // 32,
+        mlp_dim=4 * scale.width,
+        activation="gelu",
+        norm_eps=1e-6,
+        pool=pool,
+        class_token=False,
+        pos_embed="sincos",
+        mask_token=mask_token,
+        pre_norm=False,
+        patch_bias=True,
+        init="mae",
+    )
 
 
 def own_changes(method: str, data: Data, scale: Scale, workdir: Path) -> dict[str, Any]:
@@ -241,7 +181,7 @@ def own_changes(method: str, data: Data, scale: Scale, workdir: Path) -> dict[st
                 "objective.model.normalise_pixels": False,
             }
         case "simmim":
-            return {"objective.model.cell": data.patch_size}
+            return {"objective.model.cell": data.patch_size, "objective.model.mask_ratio": 0.5}
         case "beit":
             renamed = ((r"tokenizer/(.*)", r"\1"),)
             path, skip = str(workdir / data.name / "dvae"), ("image/.*", "head/.*")
@@ -266,11 +206,15 @@ def own_changes(method: str, data: Data, scale: Scale, workdir: Path) -> dict[st
 
 def run_config(method: str, data: Data, scale: Scale, workdir: Path, common: Mapping[str, str]) -> Config:
     """The config of a run from random weights."""
+    if method == "dvae":  # convolutions are dear on CPUs, and few codes soon learned
+        scale = dataclasses.replace(scale, steps=max(scale.steps // 3, 1))
     config = load_config(f"{ROOT}/configs/{RECIPES[method]}.py:smoke")
     changes = schedule_changes(RATES[method], 1 if method == "random" else scale.steps, scale.batch_size)
     changes |= {"data.source": data.unlabelled, "data.augment": data.augment, "evals": ()}
     if method != "dvae":
-        changes |= {"objective.model.image": sized(tower_of(config), data, scale), "evals": probes(data, scale)}
+        pool = "mean" if method in ("random", "supervised") else "none"
+        image = tower(data, scale, pool, mask_token=method in ("simmim", "beit"))
+        changes |= {"objective.model.image": image, "data.preprocess": PREPROCESS, "evals": probes(data, scale)}
     if method in METHODS:
         changes["evals"] += (ReconstructionsConfig(data.name, data.test, pictured=4),)
     if method in ("random", "supervised"):
@@ -283,15 +227,14 @@ def tuning_config(
     method: str, start: Config, data: Data, scale: Scale, workdir: Path, common: Mapping[str, str]
 ) -> Config:
     """The config of the fine-tuning of a run's tower, by the mean of its patches; few steps call for few tricks."""
-    tower = tower_of(start)
-    image = dataclasses.replace(tower, pool="mean", mask_token=False)
-    unused = ("(?!image/).*", "image/mask_token") if tower.mask_token else ("(?!image/).*",)
+    hides = tower_of(start).mask_token
+    unused = ("(?!image/).*", "image/mask_token") if hides else ("(?!image/).*",)
     changes = schedule_changes(RATES["fine_tuned"], scale.tuning_steps, scale.batch_size) | {
-        "objective.model": ClassifierConfig(image=image, classes=class_count(data), head_init=0.0),
+        "objective.model": ClassifierConfig(image=tower(data, scale, "mean"), classes=class_count(data), head_init=0.0),
         "objective.mixing": MixingConfig(),
         "parts.image.layer_decay": 0.75,
         "data.source": data.labelled,
-        "data.preprocess": start.data.preprocess,
+        "data.preprocess": PREPROCESS,
         "data.augment": data.augment,
         "init_from": InitFrom(path=str(workdir / data.name / method), skip=("head/.*",), ignore=unused),
         "evals": (AccuracyConfig(data.name, data.test, limit=scale.limit),),
@@ -326,14 +269,11 @@ def tower_of(config: Config) -> ViTConfig:
     return config.objective.image_tower
 
 
-@functools.cache
-def class_count(data: Data) -> int:
-    """Classes that the labels name."""
-    return len(data.labelled.build("").class_names)
-
-
 def finished(config: Config, folder: Path) -> dict[str, float]:
-    """The metrics of a run: those in its folder if this config made them, else it is begun or continued there."""
+    """The metrics of a run: those in its folder if this config made them, else it is begun or continued there.
+
+    Among them "seconds", those of its steps.
+    """
 
     def read(name: str) -> dict[str, Any]:
         return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
@@ -349,7 +289,7 @@ def finished(config: Config, folder: Path) -> dict[str, float]:
 def compare(
     data: Data, methods: Sequence[str], scale: Scale, workdir: Path, common: Mapping[str, str]
 ) -> dict[str, dict[str, float]]:
-    """Top-1 by row and measure, and the seconds of the steps of each row's first run."""
+    """Top-1 by row and measure."""
     rows = {}
     for method in ("random", *methods, "supervised"):
         if method == "beit":
@@ -364,7 +304,7 @@ def compare(
             tuning = tuning_config(method, config, data, scale, workdir, common)
             tuned = finished(tuning, workdir / data.name / f"{method}_fine_tuned")
             row["fine_tuned"] = tuned[f"accuracy/{data.name}/top1"]
-        rows[method] = row | {"seconds": found["seconds"]}
+        rows[method] = row
     return rows
 
 
@@ -372,6 +312,8 @@ def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
     """The program."""
     try:
         flags, overrides = parse(arguments)
+        if platforms.computes_on_cpu():
+            platforms.keep_freed_memory()
         scale, workdir = scale_of(flags), flags.workdir
         workdir.mkdir(parents=True, exist_ok=True)
         keep_compiled_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir / "compilation_cache"))

@@ -21,15 +21,19 @@ BEGIN, END = "<!-- written by benchmarks/self_supervised.py -->", "<!-- end -->"
 
 
 def table(name: str, rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: top-1 by row and measure; the best of each measure stands out."""
-    head = ["tower", *MEASURES.values(), "seconds of training"]
-    best = {measure: max(row[measure] for row in rows.values()) for measure in MEASURES}
+    """Markdown: top-1 by row and measure, and its mean over the measures; the best of each stands out."""
+    rows = {
+        method: {**row, "mean": sum(row[measure] for measure in MEASURES) / len(MEASURES)}
+        for method, row in rows.items()
+    }
+    columns = {**MEASURES, "mean": "mean"}
+    head = ["tower", *columns.values()]
+    best = {measure: max(row[measure] for row in rows.values()) for measure in columns}
     lines = [f"**{name}**", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for method, row in rows.items():
-        shown = {measure: f"{row[measure]:.1%}" for measure in MEASURES}
+        shown = {measure: f"{row[measure]:.1%}" for measure in columns}
         cells = [f"**{text}**" if row[measure] == best[measure] else text for measure, text in shown.items()]
-        seconds = "" if method == "random" else f"{row['seconds']:.0f}"
-        lines.append(f"| {NAMES[method]} | {' | '.join(cells)} | {seconds} |")
+        lines.append(f"| {NAMES[method]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

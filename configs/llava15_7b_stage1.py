@@ -27,16 +27,10 @@ from vlm_jax.optim import AdamW
 from vlm_jax.parts import Part
 from vlm_jax.schedule import Cosine
 from vlm_jax.schema import override
-from vlm_jax.warm_start import FurtherSource, InitFrom
+from vlm_jax.warm_start import InitFrom, InitPart
 
 PAIRS, BATCH = 558_128, 256
-# CLIP's text tower and what stands above the features stay behind.
-CLIP_TOWER = FurtherSource(
-    path="checkpoints/clip_l14_336",
-    skip=("projector/.*", "decoder/.*"),
-    ignore=("text/.*", "image/projection/.*", "logit_scale"),
-    name="tower",
-)
+TOWER = InitPart("tower", "image/.*", path="checkpoints/clip_l14_336")
 # Questions on drawn scenes, a model and a vocabulary that a CPU trains in seconds.
 QUESTIONS = ShapesConfig(count=256, image_size=32, conversations=("caption", "color"))
 SMOKE_MODEL = {
@@ -97,8 +91,7 @@ def recipe(name: str, decoder: str, chat: ChatConfig, optimizer: AdamW, batch: i
 def first_stage(name: str, decoder: str, checkpoint: str) -> Config:
     """Stage 1 from a checkpoint of the decoder and one of CLIP."""
     config = recipe(name, decoder, LLAVA_STAGE_1, AdamW(learning_rate=1e-3), BATCH, PAIRS)
-    skip = ("image/.*", "projector/.*")
-    init_from = InitFrom(path=checkpoint, skip=skip, also=(CLIP_TOWER,), tokenizer=True)
+    init_from = InitFrom(path=checkpoint, skip=("projector/.*",), parts=(TOWER,), tokenizer=True)
     frozen: dict[str, Any] = {"parts.decoder.frozen": True, "init_from": init_from}
     return override(config, frozen)
 

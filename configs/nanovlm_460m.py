@@ -28,7 +28,7 @@ from vlm_jax.optim import AdamW
 from vlm_jax.parts import Part
 from vlm_jax.schedule import Cosine
 from vlm_jax.schema import override
-from vlm_jax.warm_start import FurtherSource, InitFrom
+from vlm_jax.warm_start import InitFrom, InitPart
 
 EXTRA_TOKENS = 66
 # Nothing is exempt from decay there.
@@ -97,13 +97,8 @@ def recipe(
 
 def sources(decoder: str, tower: str) -> InitFrom:
     """Imports of a language model and of a SigLIP, whose text tower and pooling stay behind."""
-    image = FurtherSource(
-        path=tower,
-        skip=("projector/.*", "decoder/.*"),
-        ignore=("text/.*", "image/map_head/.*", "logit_.*"),
-        name="tower",
-    )
-    return InitFrom(path=decoder, skip=("image/.*", "projector/.*", "decoder/extra_.*"), also=(image,))
+    image = InitPart("tower", "image/.*", path=tower)
+    return InitFrom(path=decoder, skip=("projector/.*", "decoder/extra_.*"), parts=(image,))
 
 
 def parts_of(siglip: str, factor: int, decoder: str) -> VisionLanguageConfig:

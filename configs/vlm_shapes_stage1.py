@@ -27,17 +27,12 @@ from vlm_jax.optim import AdamW
 from vlm_jax.parts import Part
 from vlm_jax.schedule import Cosine
 from vlm_jax.schema import override
-from vlm_jax.warm_start import FurtherSource, InitFrom
+from vlm_jax.warm_start import InitFrom, InitPart
 
 CLIP = config_module(Path(__file__).with_name("clip_shapes.py"))
 WORDS = config_module(Path(__file__).with_name("lm_tiny.py"))
 LENGTH = 96
-TOWER = FurtherSource(
-    path="runs/clip_shapes",
-    skip=("projector/.*", "decoder/.*"),
-    ignore=("text/.*", "image/projection/.*", "logit_scale"),
-    name="tower",
-)
+TOWER = InitPart("tower", "image/.*", path="runs/clip_shapes")
 SMOKE = {
     "data.source.count": 256,
     "data.batch_size": 8,
@@ -87,7 +82,7 @@ def get_config(name: str = "") -> Config:
     chat = ChatConfig(template="plain_eos", tiling=SquareTiling(fit="crop"), row_length=LENGTH)
     source = ShapesConfig(image_size=48, count=30_000, seed=1, conversations=("caption",))
     config = recipe("vlm_shapes_stage1", chat, source, batch=64, steps=200, rate=3e-3)
-    init_from = InitFrom(path="runs/lm_tiny_shapes", skip=("image/.*", "projector/.*"), also=(TOWER,), tokenizer=True)
+    init_from = InitFrom(path="runs/lm_tiny_shapes", skip=("projector/.*",), parts=(TOWER,), tokenizer=True)
     frozen = {"parts.image.frozen": True, "parts.decoder.frozen": True, "init_from": init_from}
     # A whole caption, word for word, is not what this stage is judged by.
     config = override(config, {**frozen, "evals.shapes.max_new_tokens": 48})

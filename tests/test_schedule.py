@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden_vectors import GoldenVectors
 
 from vlm_jax.config import load_config
-from vlm_jax.schedule import Constant, Cosine, Linear, Phase, Phases, Rsqrt, ScheduleConfig
+from vlm_jax.schedule import Constant, Cosine, EpochCosine, Linear, Phase, Phases, Rsqrt, ScheduleConfig
 from vlm_jax.schema import ConfigError
 
 
@@ -115,3 +116,14 @@ def test_phases_are_overridden_by_name() -> None:
     assert (masked.schedule, unmasked.peak) == (Linear(), 0.5)
     with pytest.raises(ConfigError, match=r"schedule\.warmup_steps = 3 has no effect"):
         load_config(str(DIGITS), {**overrides, "optimizer.schedule.warmup_steps": 3})
+
+
+def test_albefs_schedule_is_the_published_one() -> None:
+    """Thirty epochs of 9,600 steps with stairs of 100 steps in the first, from the published code's own numbers."""
+    published = GoldenVectors("albef").settings["schedule"]
+    schedule, epoch = EpochCosine(warmup_steps=2000, epoch_steps=9600), 9600
+    points = [(step, lr) for _, step, lr in published["pretrain_warmup_epoch0_iter_lr"]]
+    points += [(2050, 1e-4), (250, 1.9e-5)]
+    points += [(number * epoch + step, lr) for number, lr in published["pretrain_epoch_lr"] for step in (0, epoch - 1)]
+    found = [1e-4 * float(schedule.factor(jnp.int32(step), 30 * epoch)) for step, _ in points]
+    assert found == pytest.approx([lr for _, lr in points], rel=1e-5)

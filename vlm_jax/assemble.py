@@ -15,7 +15,7 @@ from vlm_jax.checkpoint import read_checkpoint_meta, read_params
 from vlm_jax.config import Config, from_json
 from vlm_jax.data.captions import captions
 from vlm_jax.data.sources import Source
-from vlm_jax.data.text import SentencePieceConfig, Tokenizer, build_tokenizer
+from vlm_jax.data.text import SentencePieceConfig, Tokenizer, WordPieceConfig, build_tokenizer
 from vlm_jax.evals.base import Evaluator
 from vlm_jax.evals.encoder import MeshEncoder
 from vlm_jax.evals.held_out import HeldOut
@@ -171,7 +171,7 @@ def build_run_tokenizer(config: Config, source: Source, saved: Mapping[str, Any]
         tokenizer = Tokenizer.from_state(saved)
     else:
         settings = config.data.tokenizer
-        trained_here = isinstance(settings, SentencePieceConfig) and not settings.path
+        trained_here = isinstance(settings, SentencePieceConfig | WordPieceConfig) and not settings.path
         tokenizer = build_tokenizer(settings, captions(source) if trained_here else None)
     config.objective.check_tokenizer(tokenizer)
     return tokenizer

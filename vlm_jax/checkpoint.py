@@ -317,6 +317,22 @@ def _by_path(shardings: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def read_extra(path: epath.PathLike) -> dict[str, Any]:
+    """What a method keeps beside its parameters in a checkpoint, as a nested dict; {} if nothing is there.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged one.
+    """
+    orbax_noise.silence()
+    directory = find_step(path)
+    manifest = read_meta(directory)["manifest"]
+    entries = {name: entry for name, entry in manifest.items() if name.startswith("extra/")}
+    if not entries:
+        return {}
+    wanted = {name: jax.ShapeDtypeStruct(entry["shape"], entry["dtype"]) for name, entry in entries.items()}
+    return to_nested(read_arrays(directory, manifest, wanted)).get("extra", {})
+
+
 def save_params(
     directory: epath.PathLike,
     params: Any,
@@ -324,8 +340,11 @@ def save_params(
     config: Mapping[str, Any],
     tokenizer: Mapping[str, Any] | None,
     preprocess: Mapping[str, Any],
+    extra: Any = None,
 ) -> None:
     """Writes parameters alone as step 0 of a new directory, which then loads like a run's workdir.
+
+    `extra` is what their method keeps beside them (an averaged model, queues), for `init_from.extra`.
 
     Raises:
         CheckpointError: the directory holds checkpoints already, or can't be written.
@@ -335,7 +354,8 @@ def save_params(
         if (newest := checkpointer.latest_step()) is not None:
             raise CheckpointError(f"{checkpointer.directory} holds step {newest} already; give a new directory")
         meta = {"config": config, "tokenizer": tokenizer, "preprocess": preprocess}
-        checkpointer.save(0, {"params": params}, data_position=0, force=True, **meta)
+        state = {"params": params} | ({"extra": extra} if extra else {})
+        checkpointer.save(0, state, data_position=0, force=True, **meta)
     finally:
         checkpointer.close()
 
@@ -346,6 +366,7 @@ __all__ = [
     "Checkpointer",
     "DamagedStepError",
     "read_checkpoint_meta",
+    "read_extra",
     "read_params",
     "save_params",
 ]

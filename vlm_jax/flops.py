@@ -101,6 +101,13 @@ def transformer_flops(width: int, depth: int, mlp_dim: int, tokens: int, gated: 
     return depth * (projections + attention)
 
 
+def cross_attention_flops(width: int, tokens: int, context_tokens: int, context_width: int) -> int:
+    """Forward FLOPs of one attention from `tokens` to a context: four projections, scores and weighted sum."""
+    queries_and_outputs = 2 * tokens * 2 * width**2
+    keys_and_values = 2 * context_tokens * 2 * context_width * width
+    return queries_and_outputs + keys_and_values + 2 * 2 * tokens * context_tokens * width
+
+
 def vit_flops(
     *,
     width: int,

@@ -22,7 +22,14 @@ class ScheduleConfig(Choice):
     @classmethod
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The schedules by name."""
-        return {"cosine": Cosine, "linear": Linear, "rsqrt": Rsqrt, "constant": Constant, "phases": Phases}
+        return {
+            "cosine": Cosine,
+            "linear": Linear,
+            "rsqrt": Rsqrt,
+            "constant": Constant,
+            "phases": Phases,
+            "epoch_cosine": EpochCosine,
+        }
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Lengths out of range."""
@@ -106,6 +113,37 @@ class Constant(ScheduleConfig):
         if not self.cooldown_steps:
             return jnp.ones_like(step)
         return jnp.clip((total - step) / self.cooldown_steps, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochCosine(ScheduleConfig):
+    """Half a cosine from the peak to `final` that moves once an epoch; the warm-up rises in stairs (ALBEF, timm).
+
+    Epoch e of n has the factor final + (1 - final) (1 + cos(pi e / n)) / 2, so that the last one is not quite at
+    `final`. In the warm-up, within the first epoch, the factor rises from `final` by a stair each `warmup_stair` steps.
+    """
+
+    epoch_steps: int = 1  # steps of an epoch
+    final: float = 0.1  # factor where the cosine would end
+    warmup_stair: int = 100  # steps of a stair of the warm-up
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Lengths out of range."""
+        yield from super().problems()
+        for key in ("epoch_steps", "warmup_stair"):
+            if getattr(self, key) < 1:
+                yield key, f"= {getattr(self, key)} must be at least 1 step"
+
+    def factor(self, step: jax.Array, total: int) -> jax.Array:
+        """See the base."""
+        step_f = jnp.asarray(step, jnp.float32)
+        epochs = max(total / self.epoch_steps, 1.0)
+        progress = jnp.clip(jnp.floor(step_f / self.epoch_steps) / epochs, 0.0, 1.0)
+        value = self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        if not self.warmup_steps:
+            return value
+        climbed = jnp.floor(step_f / self.warmup_stair) * self.warmup_stair / self.warmup_steps
+        return jnp.where(step_f < self.warmup_steps, self.final + (1 - self.final) * climbed, value)
 
 
 @dataclasses.dataclass(frozen=True)

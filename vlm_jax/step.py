@@ -84,7 +84,10 @@ class Objective:
         return self.pair_loss(params, extra, self.embed(params, extra, batch, keys, step), step)
 
     def embed(self, params: PyTree, extra: PyTree, batch: Batch, keys: jax.Array, step: jax.Array) -> PyTree:
-        """The part of a coupled loss that is a function of each row alone: arrays with a leading batch axis."""
+        """The part of a coupled loss that is a function of each row alone: arrays with a leading batch axis.
+
+        Whole numbers and keys may be among them; they have no gradient.
+        """
         raise TypeError(f"{type(self).__name__} defines no embed; a coupled objective needs embed and pair_loss")
 
     def pair_loss(self, params: PyTree, extra: PyTree, embeddings: PyTree, step: jax.Array) -> tuple[Ratio, Aux]:
@@ -297,21 +300,31 @@ def _coupled_gradient(
         rows, row_keys = micro
         return objective.embed(merge(live, frozen), state.extra, rows, row_keys, state.step)
 
-    def mean_loss(live: PyTree, embeddings: PyTree) -> tuple[jax.Array, tuple[Ratio, Aux]]:
+    cached = _join(jax.lax.map(lambda micro: embed(live, micro), micros))
+    floats, others = _by_dtype(cached)
+
+    def mean_loss(live: PyTree, floats: PyTree) -> tuple[jax.Array, tuple[Ratio, Aux]]:
+        embeddings = merge(floats, others)
         (total, count), aux = objective.pair_loss(merge(live, frozen), state.extra, embeddings, state.step)
         return total / _at_least_one(count), ((total, count), aux)
 
-    cached = jax.lax.map(lambda micro: embed(live, micro), micros)
     grad = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)
-    (_, (ratio, aux)), (gradients, cotangents) = grad(live, _join(cached))
+    (_, (ratio, aux)), (gradients, cotangents) = grad(live, floats)
 
     def body(gradients: PyTree, inputs: PyTree) -> tuple[PyTree, None]:
         micro, cotangent = inputs
-        _, vjp = jax.vjp(lambda live: embed(live, micro), live)
+        _, vjp = jax.vjp(lambda live: _by_dtype(embed(live, micro))[0], live)
         return jax.tree.map(jnp.add, gradients, vjp(cotangent)[0]), None
 
     gradients, _ = jax.lax.scan(body, gradients, (micros, _split(cotangents, accum)))
     return ratio, aux, gradients
+
+
+def _by_dtype(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """(floats, others): two trees of the same structure with None in place of the other's leaves."""
+    is_float = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.floating), tree)
+    floats = jax.tree.map(lambda x, own: x if own else None, tree, is_float)
+    return floats, jax.tree.map(lambda x, own: None if own else x, tree, is_float)
 
 
 def _split(tree: PyTree, parts: int) -> PyTree:

@@ -34,7 +34,7 @@ from vlm_jax.parts import merge
 from vlm_jax.preemption import EXIT_PREEMPTED, StopRequest
 from vlm_jax.schema import ConfigError, to_dict
 from vlm_jax.step import StepFunction, TrainState
-from vlm_jax.warm_start import warm_start
+from vlm_jax.warm_start import warm_extra, warm_start
 
 # Logs between two comparisons of the processes, each of which waits for the step in flight.
 _LOGS_BETWEEN_LOOKS = 10
@@ -145,14 +145,17 @@ class _Run:
 
     def _first_state(self) -> TrainState:
         state = self.program.setup.init()
-        if not self.config.init_from.path:
+        if not self.config.init_from.sources:
             return state
         params = warm_start(state.params, self.config.init_from, to_json(self.config))
         live, _ = self.program.setup.parts.split(params)
         # a copy, since the step donates both
         ema = jax.tree.map(lambda x: x.copy(), live) if state.ema else {}
-        extra = jax.jit(self.program.objective.begin, out_shardings=jax.tree.map(lambda x: x.sharding, state.extra))
-        return dataclasses.replace(state, params=params, ema=ema, extra=extra(state.extra, params))
+        begin = jax.jit(self.program.objective.begin, out_shardings=jax.tree.map(lambda x: x.sharding, state.extra))
+        extra = begin(state.extra, params)
+        if self.config.init_from.extra:
+            extra = warm_extra(extra, self.config.init_from)
+        return dataclasses.replace(state, params=params, ema=ema, extra=extra)
 
     def _announce(self, resumed: bool) -> None:
         config, say = self.config, self.console.message

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -23,10 +23,31 @@ from vlm_jax.models.position import GridResize, resize_1d, resize_grid
 from vlm_jax.models.relative_position import resize_relative
 from vlm_jax.schema import ConfigError
 
+_STACK = re.compile(r"(.*/)?blocks/.*")  # leaves with a leading axis of layers
+
 
 @dataclasses.dataclass(frozen=True)
-class InitSource:
-    """Which parameters come from one checkpoint. Patterns are regular expressions that must match a whole path."""
+class InitPart:
+    """Some parameters from a source of their own: an image tower, half of a BERT, the other half of another one."""
+
+    name: str  # stands in messages and in overrides (config.init_from.parts.NAME.path=...)
+    pattern: str  # regular expression that the whole paths of this model's parameters match
+    path: str = ""  # a workdir, one of its checkpoints, or an imported checkpoint; empty: this part does nothing
+    map: tuple[tuple[str, str], ...] = ()  # as that of `InitFrom`
+    layers: tuple[int, int] | None = None  # of the source's stack (`blocks/`): first, and one past the last
+    weights: Literal["ema", "params"] = "ema"  # as that of `InitFrom`
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Patterns that aren't regular expressions, and layers that are none."""
+        yield from _pattern_problems("pattern", (self.pattern,))
+        yield from _map_problems(self.map)
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
+            yield "layers", f"= {self.layers} must be (first, one past the last), counted from 0"
+
+
+@dataclasses.dataclass(frozen=True)
+class InitFrom:
+    """Which parameters come from where. Patterns are regular expressions that must match a whole path."""
 
     path: str = ""  # a workdir, one of its checkpoints, or an imported checkpoint; empty: a random start
     # (pattern on a path of this model, path in the source, with \1 for the pattern's first group, ...): the first
@@ -40,49 +61,51 @@ class InitSource:
     # the averaged parameters where the source has them (a moving average, a teacher), or the raw ones
     weights: Literal["ema", "params"] = "ema"
 
+    # parameters that come from other sources, before all else; the first part whose pattern matches
+    parts: tuple[InitPart, ...] = ()
+    # also what the source's method keeps beside its parameters: an averaged model, queues (ALBEF)
+    extra: bool = False
+    # the tokenizer of the source instead of the one that config.data.tokenizer describes
+    tokenizer: bool = False
+
+    @property
+    def sources(self) -> bool:
+        """Whether anything is loaded."""
+        return bool(self.path or any(part.path for part in self.parts))
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Patterns that aren't regular expressions, and rules without a source."""
-        patterns = {"map": [pattern for pattern, _ in self.map], "skip": self.skip, "ignore": self.ignore}
-        for key, group in (patterns | {"resize": self.resize}).items():
-            for pattern in group:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    yield key, f"has {pattern!r}, which is no regular expression: {error}"
-        for pattern, replacement in self.map:
-            with contextlib.suppress(re.error):  # of the pattern, which is reported above
-                compiled = re.compile(pattern)
-                try:
-                    compiled.sub(replacement, "")  # reads the replacement though nothing matches
-                except (re.error, IndexError) as error:
-                    yield "map", f"has {replacement!r}, which can't be filled in from {pattern!r}: {error}"
-        for key, group in patterns.items():
+        yield from _map_problems(self.map)
+        for key in ("skip", "ignore", "resize"):
+            yield from _pattern_problems(key, getattr(self, key))
+        for key, group in (("map", self.map), ("skip", self.skip), ("ignore", self.ignore)):
             if group and not self.path:
                 yield key, "is given without a source; set init_from.path"
+        for key in ("extra", "tokenizer"):
+            if getattr(self, key) and not self.path:
+                yield key, "is true without a source; set init_from.path"
+        names = [part.name for part in self.parts]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield "parts", f"has two parts named {name!r}; give each its own name"
 
 
-@dataclasses.dataclass(frozen=True)
-class FurtherSource(InitSource):
-    """One more checkpoint; what it doesn't give is skipped here and comes from the others."""
+def _pattern_problems(key: str, patterns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield key, f"has {pattern!r}, which is no regular expression: {error}"
 
-    name: str = "further"  # stands in overrides (config.init_from.also.NAME.path=...)
 
-
-@dataclasses.dataclass(frozen=True)
-class InitFrom(InitSource):
-    """Which parameters come from where."""
-
-    also: tuple[FurtherSource, ...] = ()  # further checkpoints, whose parameters are put in one after the other
-    tokenizer: bool = False  # whether the tokenizer is that of the first checkpoint, not that of config.data.tokenizer
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """More sources without the first."""
-        yield from super().problems()
-        if not self.path and (self.also or self.tokenizer):
-            yield "also" if self.also else "tokenizer", "is given without a source; set init_from.path"
-        for source in self.also:
-            if not source.path:
-                yield f"also.{source.name}.path", "is empty; name a checkpoint, or leave this source out"
+def _map_problems(rules: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    yield from _pattern_problems("map", [pattern for pattern, _ in rules])
+    for pattern, replacement in rules:
+        with contextlib.suppress(re.error):  # of the pattern, which is reported above
+            compiled = re.compile(pattern)
+            try:
+                compiled.sub(replacement, "")  # reads the replacement though nothing matches
+            except (re.error, IndexError) as error:
+                yield "map", f"has {replacement!r}, which can't be filled in from {pattern!r}: {error}"
 
 
 def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) -> Any:
@@ -90,7 +113,7 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
 
     Args:
         params: this model's initial parameters, a tree of jax arrays.
-        init_from: the source and the rules; an empty path returns `params`.
+        init_from: the sources and the rules; without any source `params` are returned.
         new_config: this run's config as plain data. With the config stored in the source it gives the grids between
             which a position embedding is resized: its number of rows alone wouldn't tell 4 x 9 patches from 6 x 6.
 
@@ -101,26 +124,78 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
         ConfigError: lists every parameter that is missing, unused or of another shape, and every rule without use.
         CheckpointError: no checkpoint there, or a damaged one.
     """
-    if not init_from.path:
+    if not init_from.sources:
         return params
     orbax_noise.silence()
-    params = _from_source(params, init_from, new_config, "config.init_from")
-    for source in init_from.also:
-        params = _from_source(params, source, new_config, f"config.init_from.also.{source.name}")
-    return params
-
-
-def _from_source(params: Any, init_from: InitSource, new_config: Mapping[str, Any], key: str) -> Any:
-    """The parameters with those of one source."""
     ours, treedef = flatten_paths(params), jax.tree.structure(params)
+    new, taken = dict(ours), set()
+    for part in init_from.parts:
+        if not part.path:
+            continue
+        chosen = [path for path in ours if path not in taken and re.fullmatch(part.pattern, path)]
+        if not chosen:
+            raise ConfigError(f"config.init_from.parts.{part.name}: {part.pattern!r} matches no parameter that is left")
+        rules = InitFrom(part.path, part.map, resize=init_from.resize, weights=part.weights)
+        new |= _loaded({path: ours[path] for path in chosen}, rules, new_config, part)
+        taken.update(chosen)
+    if init_from.path:
+        rest = {path: leaf for path, leaf in ours.items() if path not in taken}
+        new |= _loaded(rest, init_from, new_config, None)
+    return jax.tree.unflatten(treedef, [new[path] for path in ours])
+
+
+def warm_extra(extra: Any, init_from: InitFrom) -> Any:
+    """What a method keeps beside its parameters, from the source of the parameters.
+
+    Args:
+        extra: this method's own, a tree of jax arrays.
+        init_from: the source.
+
+    Raises:
+        ConfigError: lists every array that the source lacks or has in another shape.
+        CheckpointError: no checkpoint there, or a damaged one.
+    """
+    directory = find_step(init_from.path)
+    manifest, ours = read_meta(directory)["manifest"], flatten_paths(extra)
+    problems = [f"{path}: not in the source" for path in ours if f"extra/{path}" not in manifest]
+    for path, leaf in ours.items():
+        shape = manifest.get(f"extra/{path}", {}).get("shape", list(leaf.shape))
+        if shape != list(leaf.shape):
+            problems.append(f"{path}: {list(leaf.shape)} in this method, {shape} in the source")
+    if problems:
+        raise ConfigError(
+            f"config.init_from.extra: what {directory} holds beside its parameters doesn't fit this method; change the "
+            "method's sizes, or set init_from.extra = false:\n  " + "\n  ".join(problems)
+        )
+    wanted = {
+        f"extra/{path}": jax.ShapeDtypeStruct(leaf.shape, manifest[f"extra/{path}"]["dtype"], sharding=leaf.sharding)
+        for path, leaf in ours.items()
+    }
+    arrays = read_arrays(directory, manifest, wanted)
+    new = [arrays[f"extra/{path}"].astype(leaf.dtype) for path, leaf in ours.items()]
+    return jax.tree.unflatten(jax.tree.structure(extra), new)
+
+
+def _loaded(
+    ours: Mapping[str, Any],
+    init_from: InitFrom,
+    new_config: Mapping[str, Any],
+    part: InitPart | None,
+) -> dict[str, Any]:
+    """Path -> the leaf of one source, for the parameters `ours`: those of a part, or all that are left."""
+    layers, where = (None, "config.init_from") if part is None else (part.layers, f"config.init_from.parts.{part.name}")
     directory = find_step(init_from.path)
     meta = read_meta(directory)
     stored = stored_params(directory, meta, init_from.weights)
     source = {name: meta["manifest"][path] for name, path in stored.items()}
-    sources, problems = _match(init_from, list(ours), list(source))
+    sources, problems = _match(init_from, list(ours), list(source), whole=part is None)
     resizes = {}
     for path, source_path in sources.items():
         old_shape, new_shape = tuple(source[source_path]["shape"]), ours[path].shape
+        if layers is not None and _STACK.fullmatch(source_path):
+            if layers[1] > old_shape[0]:
+                problems.append(f"{path}: layers {layers} of {old_shape[0]} in the source")
+            old_shape = (layers[1] - layers[0], *old_shape[1:])
         if any(re.fullmatch(pattern, path) for pattern in init_from.resize):
             resize = _resize_kind(path)(source_path, old_shape, path, new_shape, meta["config"], new_config)
             if resize.needed():
@@ -130,7 +205,7 @@ def _from_source(params: Any, init_from: InitSource, new_config: Mapping[str, An
             problems.append(f"{path}: {list(new_shape)} in this model, {list(old_shape)} in the source")
     if problems:
         raise ConfigError(
-            f"{key}: the parameters in {directory} don't fit this model. Rename by init_from.map, keep the "
+            f"{where}: the parameters in {directory} don't fit this model. Rename by init_from.map, keep the "
             "random start by init_from.skip, leave out by init_from.ignore:\n  " + "\n  ".join(problems)
         )
     wanted = {}
@@ -138,18 +213,19 @@ def _from_source(params: Any, init_from: InitSource, new_config: Mapping[str, An
         entry, sharding = source[source_path], ours[path].sharding
         sharding = _replicated(sharding) if path in resizes else sharding
         wanted[stored[source_path]] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
-    arrays = read_arrays(directory, meta["manifest"], wanted)
-    new = dict(ours)
+    arrays, new = read_arrays(directory, meta["manifest"], wanted), {}
     for path, source_path in sources.items():
         array = arrays[stored[source_path]]
+        if layers is not None and _STACK.fullmatch(source_path):
+            array = array[slice(*layers)]
         if path in resizes:
             array = resizes[path](np.asarray(array))
         new[path] = jax.device_put(array.astype(ours[path].dtype), ours[path].sharding)
-    return jax.tree.unflatten(treedef, [new[path] for path in ours])
+    return new
 
 
-def _match(init_from: InitSource, ours: list[str], source: list[str]) -> tuple[dict[str, str], list[str]]:
-    """({our path: source path} of all that is found, sentences on all that isn't)."""
+def _match(init_from: InitFrom, ours: list[str], source: list[str], whole: bool) -> tuple[dict[str, str], list[str]]:
+    """({our path: source path} of all that is found, sentences on all that isn't); the whole source must be used?"""
     sources, problems, used = {}, [], set()
     for path in ours:
         if skipped := [pattern for pattern in init_from.skip if re.fullmatch(pattern, path)]:
@@ -165,7 +241,7 @@ def _match(init_from: InitSource, ours: list[str], source: list[str]) -> tuple[d
             sources[path] = source_path
         else:
             problems.append(f"{path}: not in the source" + ("" if source_path == path else f" as {source_path}"))
-    for path in sorted(set(source) - set(sources.values())):
+    for path in sorted(set(source) - set(sources.values())) if whole else ():
         if ignored := [pattern for pattern in init_from.ignore if re.fullmatch(pattern, path)]:
             used.update(("ignore", pattern) for pattern in ignored)
         else:
@@ -313,4 +389,4 @@ def _replicated(sharding: Sharding) -> Sharding:
     return NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
 
 
-__all__ = ["FurtherSource", "InitFrom", "warm_start"]
+__all__ = ["InitFrom", "InitPart", "warm_extra", "warm_start"]

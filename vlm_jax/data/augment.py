@@ -84,9 +84,14 @@ class RandAugment:
     probability: float = 0.5
     # colour (0..255) of the ground that geometric operations uncover
     fill: tuple[int, int, int] = (128, 128, 128)
+    # names of the operations that are drawn from, "identity" may be among them; empty: timm's set
+    operations: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values outside of their range."""
+        unknown = [name for name in self.operations if name not in {"identity", *OPERATIONS}]
+        if unknown:
+            yield "operations", f"has {unknown[0]!r}, which is none of identity, {', '.join(OPERATIONS)}"
         if self.layers < 0:
             yield "layers", f"= {self.layers} must not be negative; 0 switches it off"
         if not 0 <= self.magnitude <= _LEVELS:
@@ -164,14 +169,16 @@ def solarize(image: np.ndarray) -> np.ndarray:
 
 def rand_augment(image: Image.Image, rng: np.random.Generator, config: RandAugment) -> Image.Image:
     """`layers` operations, each done with its probability."""
-    for which in rng.integers(len(OPERATIONS), size=config.layers):
+    names = config.operations or tuple(OPERATIONS)
+    for which in rng.integers(len(names), size=config.layers):
         if rng.random() >= config.probability:
             continue
         level = config.magnitude
         if config.magnitude_std:
             level = float(np.clip(rng.normal(level, config.magnitude_std), 0, _LEVELS))
         sign = 1 if rng.random() < 0.5 else -1
-        image = list(OPERATIONS.values())[which](image, level / _LEVELS, sign, config.fill)
+        if names[which] != "identity":
+            image = OPERATIONS[names[which]](image, level / _LEVELS, sign, config.fill)
     return image
 
 

@@ -1,5 +1,6 @@
 """Records to examples: the arrays of one row of a batch. Runs in worker processes, so nothing here needs JAX."""
 
+import zlib
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -78,6 +79,34 @@ class ClipExamples:
         """One row; raises `BadRecord`."""
         chosen = draw_caption(record, rng)
         return {"image": self.views(record, rng), "text": self.tokenizer([chosen])[0]}
+
+
+class PairExamples:
+    """As `ClipExamples`, and `identity` int32 [2]: equal numbers for one image, and for one caption, wherever they are.
+
+    They are hashes of 31 bits: two different images pass for one with probability 5e-10.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, size: int, preprocess: PreprocessConfig, augment: AugmentConfig | None):
+        self.pairs = ClipExamples(tokenizer, size, preprocess, augment)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """One row; raises `BadRecord`."""
+        row = self.pairs(record, rng)
+        image = record.get("image_id", f"{record['where']}\n{record['key']}")
+        hashes = [zlib.crc32(image.encode("utf-8", "surrogatepass")), zlib.crc32(row["text"].tobytes())]
+        return row | {"identity": np.asarray([value & 0x7FFFFFFF for value in hashes], np.int32)}
+
+
+class TextExamples:
+    """`text` int32 [length]: one of the texts of a record, random in training, else the first."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """One row; raises `BadRecord`."""
+        return {"text": self.tokenizer([draw_caption(record, rng)])[0]}
 
 
 class ImageExamples:

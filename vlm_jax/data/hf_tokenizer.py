@@ -22,6 +22,7 @@ _USUAL = {
     "eos": ("</s>", "<eos>", "[SEP]", "<|endoftext|>", "<|end_of_text|>", "<end_of_text>"),
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
 }
+_MASKS = ("[MASK]", "<mask>")
 
 
 class HfTokenizer:
@@ -30,7 +31,7 @@ class HfTokenizer:
     Args:
         model: the file's bytes.
         names: the tokens of the roles "bos", "eos" and "pad"; "" finds a usual one. Roles without a token get the id
-            -1, padding 0.
+            -1, padding 0. `mask_id` is that of the usual mask token, or -1.
 
     Raises:
         ConfigError: the bytes are no such tokenizer, or a token that is named is not in it.
@@ -52,6 +53,7 @@ class HfTokenizer:
         self._special |= {token: vocabulary[token] for token in found.values() if token}
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id, self.eos_id, self.pad_id = ids["bos"], ids["eos"], max(0, ids["pad"])
+        self.mask_id = next((vocabulary[token] for token in _MASKS if token in vocabulary), -1)
         disguised = _disguise(json.loads(self.model), {token for token in found.values() if token})
         self._writer = tokenizers.Tokenizer.from_str(json.dumps(disguised))
 

@@ -36,8 +36,8 @@ class DataConfig:
 
     # records
     source: SourceConfig = dataclasses.field(default_factory=DigitsConfig)
-    # short form: tar shards, a table (.jsonl, .csv, .tsv), *.array_record, a folder per class; when set it replaces
-    # `source`, whose other keys stay if it is of the same kind
+    # short form: tar shards, a table (.jsonl, .csv, .tsv), .json lists, .txt lines, *.array_record, a folder per class;
+    # when set it replaces `source`, whose other keys stay if it is of the same kind
     path: str = ""
     # rows of the global batch
     batch_size: int = 256

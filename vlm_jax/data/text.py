@@ -1,7 +1,7 @@
 """Texts to rows of token ids: the runtime tokenizer, its conventions and its configs.
 
-`bpe`, `sentencepieces` and `hf_tokenizer` turn one text into ids; here are context length, start and end tokens,
-padding and truncation, and what a checkpoint stores. Conversations are `chat`'s business.
+`bpe`, `sentencepieces`, `word_pieces` and `hf_tokenizer` turn one text into ids; here are context length, start and end
+tokens, padding and truncation, and what a checkpoint stores. Conversations are `chat`'s business.
 """
 
 import base64
@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from vlm_jax import schema
-from vlm_jax.data import bpe, hf_tokenizer, sentencepieces
+from vlm_jax.data import bpe, hf_tokenizer, sentencepieces, word_pieces
 from vlm_jax.schema import Choice, ConfigError
 
 
@@ -40,7 +40,12 @@ class TokenizerConfig(Choice):
     @classmethod
     def kinds(cls) -> Mapping[str, type[Any]]:
         """The table kind -> config."""
-        return {"clip_bpe": ClipBpeConfig, "sentencepiece": SentencePieceConfig, "hf": HfTokenizerConfig}
+        return {
+            "clip_bpe": ClipBpeConfig,
+            "sentencepiece": SentencePieceConfig,
+            "hf": HfTokenizerConfig,
+            "wordpiece": WordPieceConfig,
+        }
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Lengths and conventions that exclude each other."""
@@ -104,6 +109,26 @@ class HfTokenizerConfig(TokenizerConfig):
     def special_tokens(self) -> dict[str, str]:
         """Role -> token, as the encoder takes them."""
         return {"bos": self.bos_token, "eos": self.eos_token, "pad": self.pad_token}
+
+
+@dataclasses.dataclass(frozen=True)
+class WordPieceConfig(TokenizerConfig):
+    """BERT's WordPiece on a `vocab.txt`: [CLS] text [SEP], padded with [PAD]; ALBEF's has no [SEP] (eos = false)."""
+
+    # vocab.txt, or a folder that holds one; empty: made of the captions when the run starts and kept in its checkpoint
+    path: str = ""
+    # most ids when made here: characters and the most frequent words
+    vocab_size: int = 8192
+    # clean captions as ALBEF does: no punctuation, at most this many words; 0 leaves them as they are
+    clean_words: int = 0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Numbers out of range."""
+        yield from super().problems()
+        if self.clean_words < 0:
+            yield "clean_words", f"= {self.clean_words} must not be negative; 0 leaves captions as they are"
+        if self.vocab_size < len(word_pieces.SPECIAL) + 1:
+            yield "vocab_size", f"= {self.vocab_size} has no room beside the special tokens; use 100 or more"
 
 
 class Encoder(Protocol):
@@ -177,9 +202,16 @@ class Tokenizer:
                 ids[-1] = self.eos_id
         return ids
 
+    @property
+    def mask_id(self) -> int:
+        """The token that stands for a hidden word; -1 where the vocabulary has none."""
+        return getattr(self.encoder, "mask_id", -1)
+
     def clean(self, text: str) -> str:
         """The text as it is encoded."""
         text = self.encoder.clean(text)
+        if isinstance(self.config, WordPieceConfig) and self.config.clean_words:
+            text = word_pieces.clean_caption(text, self.config.clean_words)
         text = text.lower() if self.config.lower else text
         return canonicalize(text) if self.config.canonicalize else text
 
@@ -207,6 +239,8 @@ class Tokenizer:
             return cls(config, bpe.ClipBpe(bpe.read_merges(model, "of the checkpoint"), config.fix_text))
         if isinstance(config, HfTokenizerConfig):
             return cls(config, hf_tokenizer.HfTokenizer(gzip.decompress(model), config.special_tokens()))
+        if isinstance(config, WordPieceConfig):
+            return cls(config, hf_tokenizer.HfTokenizer(gzip.decompress(model), word_pieces.ROLES))
         return cls(config, sentencepieces.SentencePieces(model))
 
 
@@ -215,6 +249,11 @@ SIGLIP_TOKENIZER = SentencePieceConfig(length=64, pad="eos", lower=True, canonic
 
 With its 32000 pieces of C4 as `path`; without a path a model of the same conventions is trained here. The text tower
 takes the last position, which is the end token always."""
+
+ALBEF_TOKENIZER = WordPieceConfig(length=25, eos=False, sticky_eos=False, clean_words=30)
+"""ALBEF (Li et al. 2021, published code): BERT's uncased vocabulary, [CLS] and no [SEP], captions cleaned.
+
+With bert-base-uncased's `vocab.txt` as `path`; without a path a vocabulary is made of the captions."""
 
 SIGLIP2_TOKENIZER = HfTokenizerConfig(length=64, bos=False, lower=True)
 """SigLIP 2 (Tschannen et al. 2025, section 2): Gemma's tokenizer, lower-cased text, padding with id 0, end token 1.
@@ -244,11 +283,16 @@ def build_tokenizer(config: TokenizerConfig, captions: Iterable[str] | None) -> 
         return Tokenizer(config, bpe.load_clip_bpe(config.path, config.fix_text))
     if isinstance(config, HfTokenizerConfig):
         return Tokenizer(config, hf_tokenizer.load_hf_tokenizer(config.path, config.special_tokens()))
-    if not isinstance(config, SentencePieceConfig):
+    if isinstance(config, WordPieceConfig) and config.path:
+        return Tokenizer(config, word_pieces.load_word_pieces(config.path, config.lower))
+    if not isinstance(config, SentencePieceConfig | WordPieceConfig):
         raise ConfigError(f"config.data.tokenizer must be one of {', '.join(TokenizerConfig.kinds())}")
     if config.path:
         return Tokenizer(config, sentencepieces.load_sentencepieces(config.path))
     if captions is None:
         raise ConfigError("config.data.tokenizer.path is empty and there are no captions to train from; set the path")
+    if isinstance(config, WordPieceConfig):
+        cleaned = (word_pieces.clean_caption(x, config.clean_words) if config.clean_words else x for x in captions)
+        return Tokenizer(config, word_pieces.word_pieces_of(cleaned, config.vocab_size, config.lower))
     model = sentencepieces.train(captions, config.vocab_size, config.normalization, config.user_symbols)
     return Tokenizer(config, sentencepieces.SentencePieces(model))

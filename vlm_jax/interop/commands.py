@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vlm_jax import schema
-from vlm_jax.checkpoint import save_params
+from vlm_jax.checkpoint import read_extra, save_params
 from vlm_jax.config import Config, TrainConfig, to_json
 from vlm_jax.data.bpe import MAX_MERGES, ClipBpe
 from vlm_jax.data.images import PreprocessConfig
@@ -26,9 +26,11 @@ from vlm_jax.interop.tables import ConversionError, from_params, to_params, with
 from vlm_jax.interop.tokenizer_export import export_tokenizer
 from vlm_jax.loading import Model, load
 from vlm_jax.models.vision_language import VisionLanguageConfig
+from vlm_jax.objectives.albef import AlbefConfig
 from vlm_jax.objectives.base import ObjectiveConfig
 from vlm_jax.objectives.image_text import ImageTextConfig
 from vlm_jax.objectives.images import ImagesConfig
+from vlm_jax.objectives.mlm import MlmConfig
 from vlm_jax.optim import AdamW
 
 WEIGHT_FILES: dict[Library, str] = {
@@ -77,7 +79,8 @@ def import_weights(
         activation, preprocess = activation or "quick_gelu", preprocess or "clip"
     model = found.read_config(tensors, model_settings, activation)
     schema.validate(model)
-    tensors = without_constants(tensors, found.constants(model), found.title)
+    extra = found.read_extra(tensors, model)
+    tensors = without_constants(found.own(tensors, model), found.constants(model), found.title)
     params = to_params(tensors, found.rows(model), found.shapes(model), found.title, allow_unexpected=allow_unexpected)
     objective = found.objective(model)
     view = PreprocessConfig()
@@ -89,6 +92,7 @@ def import_weights(
     if objective.reads_text:
         built, note, settings = found.tokenizer(weights.folder, tokenizer, model)
         data = dataclasses.replace(data, tokenizer=settings)
+        objective = _sparing_special_words(objective, built)
     config = _config(objective, data)
     if built is not None:
         objective.check_tokenizer(built)
@@ -98,6 +102,7 @@ def import_weights(
         config=to_json(config),
         tokenizer=built.state() if built else None,
         preprocess=schema.to_dict(view),
+        extra=extra,
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     images = f"images: {view.resize}, mean {view.mean}, std {view.std}" if found.reads_images else "it reads no images"
@@ -105,6 +110,15 @@ def import_weights(
         f"imported {count:,} parameters of {found.title} ({found.remark(objective, model)}) into {target}; "
         f"{images}; {note}"
     )
+
+
+def _sparing_special_words(objective: ObjectiveConfig, tokenizer: Tokenizer | None) -> ObjectiveConfig:
+    """A method that hides words never hides those that begin, end and fill a text."""
+    if tokenizer is None or tokenizer.mask_id < 0 or not isinstance(objective, AlbefConfig | MlmConfig):
+        return objective
+    spared = (tokenizer.pad_id, tokenizer.bos_id, *[tokenizer.eos_id] * tokenizer.config.eos)
+    words = dataclasses.replace(objective.hidden_words, mask_id=tokenizer.mask_id, spared_ids=spared)
+    return dataclasses.replace(objective, hidden_words=words)
 
 
 def _settings(found: Mapping[str, Any], known: Format) -> tuple[Any, Any]:
@@ -174,7 +188,7 @@ def export_weights(
         view = export_preprocess(model.config.data.preprocess, (side, side), "hf" if transformers else family)
     params = jax.tree.map(np.asarray, found.parameters(ours))
     tensors = from_params(params, found.rows(config), found.title) | found.constants(config)
-    tensors = found.published(tensors)
+    tensors = {**found.published(tensors), **found.write_extra(_extra(found, source), config)}
     files.make_directory(target)
     files.write_weights(target / WEIGHT_FILES[family], tensors, dtype, shard_bytes)
     note = _write_tokenizer(model, target, family, settings)
@@ -189,6 +203,12 @@ def export_weights(
     elif found.has_config:
         files.write_json(target / "config.json", settings)
     return f"exported {len(tensors)} tensors as {found.title} to {target}; tokenizer: {note}"
+
+
+def _extra(found: Format, source: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its parameters, where the format has a place for it."""
+    keeps = type(found).write_extra is not Format.write_extra
+    return jax.tree.map(np.asarray, read_extra(source)) if keeps else {}
 
 
 def _exported(objective: ObjectiveConfig, params: Any, family: Library, source: Path) -> tuple[Any, Any]:

@@ -123,6 +123,18 @@ class Format:
         """What a file holds that is no parameter of ours (fixed positions, indices), under canonical names."""
         return {}
 
+    def own(self, tensors: Tensors, config: Any) -> Mapping[str, np.ndarray]:
+        """Of the canonical tensors those that are parameters of a model with this config, or nobody's."""
+        return tensors
+
+    def read_extra(self, tensors: Tensors, config: Any) -> dict[str, Any]:
+        """What the method keeps beside its parameters (`Objective.init`), of the canonical tensors; {} for most."""
+        return {}
+
+    def write_extra(self, extra: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
+        """The inverse of `read_extra`: further tensors of the file."""
+        return {}
+
     def rows(self, config: Any) -> Sequence[Row]:
         """A row for each leaf of a model with this config."""
         raise TypeError(f"{type(self).__name__} defines no rows")

@@ -25,15 +25,18 @@ from vlm_jax.models.vit import ViTConfig
 _EMBEDDINGS, _BLOCK, _DECODER_BLOCK = "vit.embeddings.", "vit.encoder.layer.{layer}.", "decoder.decoder_layers.{layer}."
 _POSITIONS = f"{_EMBEDDINGS}position_embeddings"
 # The names of the Hub. transformers 5 calls the live parameters otherwise, and saves the decoder's under a third name.
-_SPELLINGS = (
-    (r"^vit\.layers\.", "vit.encoder.layer."),
-    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+BLOCK_SPELLINGS = (
     (r"\.attention\.q_proj\.", ".attention.attention.query."),
     (r"\.attention\.k_proj\.", ".attention.attention.key."),
     (r"\.attention\.v_proj\.", ".attention.attention.value."),
     (r"\.attention\.o_proj\.", ".attention.output.dense."),
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
+)
+_SPELLINGS = (
+    (r"^vit\.layers\.", "vit.encoder.layer."),
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+    *BLOCK_SPELLINGS,
 )
 # Older files hold only what differs from these.
 _DEFAULTS = {
@@ -146,4 +149,4 @@ def renamed(tensors: Tensors, spellings: tuple[tuple[str, str], ...]) -> dict[st
     return names
 
 
-__all__ = ["HfViTMae", "renamed", "vit_block_rows"]
+__all__ = ["BLOCK_SPELLINGS", "HfViTMae", "renamed", "vit_block_rows"]

@@ -17,6 +17,8 @@ KNOWN: dict[str, PreprocessConfig] = {
     "imagenet": PreprocessConfig(mean=IMAGENET_MEAN, std=IMAGENET_STD),
     # BEiT on ImageNet-22k, and what else comes from Inception
     "inception": PreprocessConfig(mean=_HALF, std=_HALF),
+    # ALBEF: CLIP's numbers, both sides squeezed
+    "albef": PreprocessConfig(resize="squash"),
     # pixels in [0, 1]
     "unit": PreprocessConfig(resize="squash", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
     "dalle": PreprocessConfig(interpolation="lanczos", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),

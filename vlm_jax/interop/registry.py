@@ -4,17 +4,20 @@ from typing import Any
 
 from vlm_jax.interop.aim import AimBackbone, L3mAim
 from vlm_jax.interop.aimv2 import Aimv2, HfAimv2
+from vlm_jax.interop.albef import OfficialAlbef
 from vlm_jax.interop.beit import Beit
 from vlm_jax.interop.big_vision import BigVisionSiglip
 from vlm_jax.interop.dalle import DalleEncoder
 from vlm_jax.interop.dinov2 import HfDinov2, OfficialDinov2
 from vlm_jax.interop.formats import Format, Library
 from vlm_jax.interop.hf_beit import HfBeit
+from vlm_jax.interop.hf_bert import HfBert
 from vlm_jax.interop.hf_clip import HfClip
 from vlm_jax.interop.hf_decoder import HfDecoder
 from vlm_jax.interop.hf_paligemma import HfPaliGemma
 from vlm_jax.interop.hf_siglip import HfSiglip
 from vlm_jax.interop.hf_swin import HfSwinSimMim
+from vlm_jax.interop.hf_vit import HfViT, OfficialDeiT
 from vlm_jax.interop.hf_vit_mae import HfViTMae
 from vlm_jax.interop.llava import HfLiveLlava, HfLlava, OriginalLlava
 from vlm_jax.interop.mae import Mae, MaeEncoder
@@ -55,6 +58,10 @@ FORMATS: tuple[Format, ...] = (
     HfLlava(),
     HfLiveLlava(),
     HfDecoder(),
+    OfficialAlbef(),
+    HfBert(),
+    HfViT(),
+    OfficialDeiT(),
 )
 
 

@@ -35,12 +35,14 @@ class Row:
     ours: str  # path in the parameter tree
     theirs: str  # name of the tensor
     layout: str  # key of LAYOUTS
+    first: int = 0  # their number of the first layer of a stack
 
     def names(self, shape: Shape) -> list[str]:
         """Their names of a leaf of that shape, one a layer where it is a stack."""
         if not self.stacked:
             return [self.theirs]
-        return [self.theirs.format(layer=i, even=2 * i, odd=2 * i + 1) for i in range(shape[0])]
+        numbers = range(self.first, self.first + shape[0])
+        return [self.theirs.format(layer=i, even=2 * i, odd=2 * i + 1) for i in numbers]
 
     @property
     def stacked(self) -> bool:

@@ -18,6 +18,7 @@ from vlm_jax.data.text import (
     HfTokenizerConfig,
     SentencePieceConfig,
     Tokenizer,
+    WordPieceConfig,
     build_tokenizer,
 )
 from vlm_jax.interop import files
@@ -101,6 +102,31 @@ def _content(token: Any) -> str:
     return (token["content"] if isinstance(token, dict) else token) or ""
 
 
+def import_word_pieces(
+    folder: Path, flag: str, conventions: WordPieceConfig, length: int
+) -> tuple[Tokenizer | None, str, WordPieceConfig]:
+    """As `import_tokenizer`, of an encoder of BERT's family: from a `vocab.txt`; and the settings of a run.
+
+    Args:
+        folder: where the weights lie.
+        flag: the vocabulary; "none" for no tokenizer; "" for the folder's.
+        conventions: how texts are cleaned, begun and ended.
+        length: tokens of a text.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    settings = dataclasses.replace(conventions, length=length)
+    if flag == NO_TOKENIZER:
+        return None, "no tokenizer is stored, as --tokenizer=none asks", settings
+    file = Path(flag) if flag else folder / "vocab.txt"
+    if not flag and not file.is_file():
+        return None, "no tokenizer is stored: no vocab.txt lies beside the weights, pass --tokenizer=FILE", settings
+    settings = dataclasses.replace(settings, path=str(file))
+    tokenizer = build_tokenizer(settings, None)
+    return tokenizer, f"tokenizer: wordpiece of {tokenizer.vocab_size} ids from {file}", settings
+
+
 def _read(file: Path, text: TextConfig) -> Tokenizer:
     if file.suffix == ".model":
         return _sentencepieces(file, text)
@@ -155,4 +181,10 @@ def reads_canonical_text(text: TextConfig) -> bool:
     return text.pool == "last" and not text.causal
 
 
-__all__ = ["NO_TOKENIZER", "import_tokenizer", "reads_canonical_text"]
+__all__ = [
+    "NO_TOKENIZER",
+    "import_document_tokenizer",
+    "import_tokenizer",
+    "import_word_pieces",
+    "reads_canonical_text",
+]

@@ -195,7 +195,7 @@ def _on_device(
             sums = (*sums, carry[2] + d_head_vxD)
         if wanted.hidden:
             d_hidden_cxD = jnp.einsum("cv,vD->cD", d_logits_cxv, head_vxD, preferred_element_type=jnp.float32)
-            d_hidden_cxD = _sum_over(d_hidden_cxD, layout.vocab).astype(hidden_cxD.dtype)
+            d_hidden_cxD = _sum_over(d_hidden_cxD.astype(hidden_cxD.dtype), layout.vocab)
         return sums, d_hidden_cxD
 
     carry, d_hidden = jax.lax.scan(body, first, inputs)

@@ -12,7 +12,7 @@ from vlm_jax.mesh import constrain
 from vlm_jax.models.initializers import Initializers
 from vlm_jax.models.linear import Linear
 from vlm_jax.models.rotary import Rotary, rotate
-from vlm_jax.models.softmax_attention import softmax_attention
+from vlm_jax.models.softmax_attention import dropped_attention, softmax_attention
 from vlm_jax.models.splash import splash_attention
 
 AttentionImpl = Literal["auto", "xla", "cudnn", "flash"]
@@ -137,15 +137,14 @@ class Attention(nn.Module):
     """Multi-head attention; over x itself, or from x to a context.
 
     Attributes:
-        heads: number of heads; divides the width unless `head_dim` is given.
+        heads: number of heads; divides the width.
         initializers: those of the tower.
         qkv_bias: whether query, key and value have biases.
         impl: see `attend`.
         key_bias: false leaves the keys without one all the same (BEiT).
         out_bias: whether the output projection has one.
-        kv_heads: heads of keys and values; 0: as many as `heads`.
-        head_dim: channels of a head; 0: the width divided by `heads`.
         dtype: compute dtype.
+        dropout: share of the attention's weights that is dropped in training (BERT); no kernel but XLA's does that.
     """
 
     heads: int
@@ -154,10 +153,10 @@ class Attention(nn.Module):
     impl: AttentionImpl = "auto"
     key_bias: bool = True
     out_bias: bool = True
-    kv_heads: int = 0
-    head_dim: int = 0
     dtype: Dtype = jnp.float32
+    dropout: float = 0.0
 
+    @nn.compact
     def __call__(
         self,
         x_BxTxD: jax.Array,
@@ -166,53 +165,36 @@ class Attention(nn.Module):
         bias: jax.Array | None = None,
         mask: jax.Array | None = None,
         causal: bool = False,
+        keys: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, D] (and a context [B, S, C]) -> [B, T, D]; `bias`, `mask` and `causal` as in `attend`."""
-        return self.with_keys(x_BxTxD, context_BxSxC, bias=bias, mask=mask, causal=causal)[0]
+        """[B, T, D] (and a context [B, S, C]) -> [B, T, D]; `bias`, `mask` and `causal` as in `attend`.
 
-    @nn.compact
-    def with_keys(
-        self,
-        x_BxTxD: jax.Array,
-        context_BxSxC: jax.Array | None = None,
-        *,
-        bias: jax.Array | None = None,
-        mask: jax.Array | None = None,
-        segments_BxT: jax.Array | None = None,
-        causal: bool = False,
-        angles: Rotary | None = None,
-        cache: KeyValues | None = None,
-        slot: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValues]:
-        """As a call, and what a cache needs of it.
-
-        Args:
-            x_BxTxD: tokens.
-            context_BxSxC: see the call.
-            bias: as in `attend`.
-            mask: as in `attend`.
-            segments_BxT: as in `attend`.
-            causal: as in `attend`.
-            angles: by which queries and keys are rotated; None: not at all.
-            cache: [B, S, K, D], what is attended to once the tokens' own keys and values stand in it.
-            slot: () int32, where in the cache those begin.
-
-        Returns:
-            [B, T, D], and the tokens' own keys and values [B, T, K, D].
+        `keys` are those of the rows for dropout, or None at evaluation. Dropout does not go with a bias.
         """
         width = x_BxTxD.shape[-1]
         sources = {"query": x_BxTxD, "key": x_BxTxD, "value": x_BxTxD}
         if context_BxSxC is not None:
             sources |= {"key": context_BxSxC, "value": context_BxSxC}
-        q, k, v = (self._split_heads(name, source, width) for name, source in sources.items())
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        own = KeyValues(k, v)
-        if cache is not None:
-            assert slot is not None, "a cache is written at a slot"
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, 1) for old, new in zip(cache, own, strict=True))
-        context = attend(q, k, v, bias=bias, mask=mask, segments_BxT=segments_BxT, causal=causal, impl=self.impl)
-        context = checkpoint_name(constrain(context, "batch", "length", "heads", "kv"), "context")
+        q, k, v = (self._split_heads(name, x, self.heads, width // self.heads) for name, x in sources.items())
+        if self.dropout and keys is not None:
+            context = dropped_attention(q, k, v, mask, causal, self.dropout, keys)
+        else:
+            context = attend(q, k, v, bias=bias, mask=mask, causal=causal, impl=self.impl)
+        return self._out(context, width)
+
+    def _split_heads(self, name: str, x: jax.Array, heads: int, head_dim: int) -> jax.Array:
+        linear = Linear(
+            (heads, head_dim),
+            ("embed", "heads", "kv"),
+            self.initializers.qkv_kernel,
+            use_bias=self.qkv_bias and (self.key_bias or name != "key"),
+            dtype=self.dtype,
+            name=name,
+        )
+        return checkpoint_name(constrain(linear(x), "batch", "length", "heads", "kv"), name)
+
+    def _out(self, context_BxTxHxD: jax.Array, width: int) -> jax.Array:
+        context = checkpoint_name(constrain(context_BxTxHxD, "batch", "length", "heads", "kv"), "context")
         out = Linear(
             (width,),
             ("heads", "kv", "embed"),
@@ -222,16 +204,51 @@ class Attention(nn.Module):
             dtype=self.dtype,
             name="out",
         )
-        return out(context), own
+        return out(context)
 
-    def _split_heads(self, name: str, x: jax.Array, width: int) -> jax.Array:
-        heads = self.heads if name == "query" else self.kv_heads or self.heads
-        linear = Linear(
-            (heads, self.head_dim or width // self.heads),
-            ("embed", "heads", "kv"),
-            self.initializers.qkv_kernel,
-            use_bias=self.qkv_bias and (self.key_bias or name != "key"),
-            dtype=self.dtype,
-            name=name,
-        )
-        return checkpoint_name(constrain(linear(x), "batch", "length", "heads", "kv"), name)
+
+class DecoderAttention(Attention):
+    """Attention of tokens to themselves, with rotary positions, shared heads of keys, and a cache.
+
+    Attributes:
+        kv_heads: heads of keys and values; 0: as many as `heads`.
+        head_dim: channels of a head; 0: the width divided by `heads`.
+    """
+
+    kv_heads: int = 0
+    head_dim: int = 0
+
+    @nn.compact
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x_BxTxD: jax.Array,
+        angles: Rotary,
+        *,
+        mask: jax.Array | None = None,
+        segments_BxT: jax.Array | None = None,
+        causal: bool = False,
+        cache: KeyValues | None = None,
+        slot: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeyValues]:
+        """[B, T, D] -> [B, T, D], and the tokens' own keys and values [B, T, K, D].
+
+        Args:
+            x_BxTxD: tokens.
+            angles: by which queries and keys are rotated.
+            mask: as in `attend`.
+            segments_BxT: as in `attend`.
+            causal: as in `attend`.
+            cache: [B, S, K, D], what is attended to once the tokens' own keys and values stand in it.
+            slot: () int32, where in the cache those begin.
+        """
+        width = x_BxTxD.shape[-1]
+        heads = {"query": self.heads, "key": self.kv_heads or self.heads, "value": self.kv_heads or self.heads}
+        head_dim = self.head_dim or width // self.heads
+        q, k, v = (self._split_heads(name, x_BxTxD, count, head_dim) for name, count in heads.items())
+        q, k = rotate(q, angles), rotate(k, angles)
+        own = KeyValues(k, v)
+        if cache is not None:
+            assert slot is not None, "a cache is written at a slot"
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, slot, 1) for old, new in zip(cache, own, strict=True))
+        context = attend(q, k, v, mask=mask, segments_BxT=segments_BxT, causal=causal, impl=self.impl)
+        return self._out(context, width), own

@@ -19,7 +19,7 @@ from jax.nn.initializers import normal
 
 from vlm_jax.flops import decoder_flops
 from vlm_jax.mesh import constrain
-from vlm_jax.models.attention import KeyValues
+from vlm_jax.models.attention import DecoderAttention, KeyValues
 from vlm_jax.models.initializers import INITIALIZERS, InitName
 from vlm_jax.models.mlp import ActivationName
 from vlm_jax.models.norms import NORMS, NormName
@@ -37,6 +37,7 @@ class DecoderConfig(TransformerConfig):
     depth: int = 30  # number of blocks
     heads: int = 9  # attention heads; divides width unless head_dim is given
     kv_heads: int = 3  # heads of keys and values, each for heads / kv_heads of the queries; 0: as many as heads
+    head_dim: int = 0  # channels of a head; 0: width / heads
     mlp_dim: int = 1536  # hidden width of the MLP
     activation: ActivationName = "silu"  # of the MLP
     gated: bool = True  # whether the MLP has a gate; with "silu" it is SwiGLU, with "gelu_tanh" Gemma's GeGLU
@@ -63,10 +64,19 @@ class DecoderConfig(TransformerConfig):
         """Channels of a head of attention."""
         return self.head_dim or self.width // self.heads
 
+    @property
+    def attention_width(self) -> int:
+        """See the base."""
+        return self.head_dim * self.heads or self.width
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that can't be built."""
         yield from super().problems()
+        if self.kv_heads > 0 and self.heads >= 1 and self.heads % self.kv_heads:
+            yield "kv_heads", f"= {self.kv_heads} does not divide heads = {self.heads}; use 0 for as many as heads"
         for key, value, least in (
+            ("kv_heads", self.kv_heads, 0),
+            ("head_dim", self.head_dim, 0),
             ("vocab_size", self.vocab_size, 1),
             ("extra_tokens", self.extra_tokens, 0),
             ("max_length", self.max_length, 1),
@@ -127,12 +137,13 @@ class DecoderBlock(ResidualBlock):
         """[B, T, D] and (index, drop-path rate, cache or None) -> [B, T, D] and the tokens' own keys and values."""
         index, rate, cache = layer
         keys, init = fold_in(keys, index), self.initializers.at_layer(index)
-        branch, own = self._attention(init).with_keys(
+        shape: dict[str, Any] = {"kv_heads": self.config.kv_heads, "head_dim": self.config.head_dim}
+        branch, own = self._attention(init, DecoderAttention, **shape)(
             self._norm("ln_1", x_BxTxD),
+            view.angles,
             mask=view.mask,
             segments_BxT=view.segments,
             causal=self.causal,
-            angles=view.angles,
             cache=cache,
             slot=view.slot,
         )

@@ -1,4 +1,4 @@
-"""Heads from a tower's pooled vector to the joint space. Normalising to unit length is `two_tower`'s part."""
+"""Heads from a tower's pooled vector to the joint space, and the unit length that vectors are compared at."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -39,6 +39,13 @@ def project(
     return MLPHead(config, init, bias_init, dtype, name="projection")(x)
 
 
+def unit_length(vectors_BxD: jax.Array) -> jax.Array:
+    """[B, D] -> [B, D] of L2 norm 1."""
+    # rsqrt of a clamped square, not a division by a norm: the gradient of a norm at zero is NaN.
+    square = jnp.square(vectors_BxD).sum(axis=-1, keepdims=True)
+    return vectors_BxD * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
 class MLPHead(nn.Module):
     """Linear, exact GELU, linear; the hidden width is that of the input.
 
@@ -70,4 +77,4 @@ class MLPHead(nn.Module):
         return head(jax.nn.gelu(hidden, approximate=False))
 
 
-__all__ = ["MLPHead", "ProjectionConfig", "project"]
+__all__ = ["MLPHead", "ProjectionConfig", "project", "unit_length"]

@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.models.stochastic import dropout
+
 # Finite, unlike -inf: a row with nothing to attend to gives the mean of the values rather than NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -83,4 +85,36 @@ def _summed_to(gradient: jax.Array, like: jax.Array) -> jax.Array:
 
 softmax_attention.defvjp(_forward, _backward)
 
-__all__ = ["MASKED", "softmax_attention"]
+
+def dropped_attention(
+    q_BxTxHxD: jax.Array,
+    k_BxSxHxD: jax.Array,
+    v_BxSxHxD: jax.Array,
+    mask: jax.Array | None,
+    causal: bool,
+    rate: float,
+    keys: jax.Array,
+) -> jax.Array:
+    """As `softmax_attention` without a bias, with dropout on its weights (BERT); for short sequences.
+
+    Differentiated as it is written: the dropped weights have to be kept anyway.
+
+    Args:
+        q_BxTxHxD: queries.
+        k_BxSxHxD: keys of the attention.
+        v_BxSxHxD: values.
+        mask: as in `attention.attend`.
+        causal: the same.
+        rate: probability of a weight to be dropped.
+        keys: [B] typed PRNG keys, one a row.
+    """
+    logits = jnp.einsum("BTHD,BSHD->BHTS", q_BxTxHxD, k_BxSxHxD, preferred_element_type=jnp.float32)
+    logits = logits * q_BxTxHxD.shape[-1] ** -0.5
+    allowed = _allowed(mask, causal, logits.shape[-2:])
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, MASKED)
+    weights = dropout(jax.nn.softmax(logits, axis=-1).astype(v_BxSxHxD.dtype), rate, keys)
+    return jnp.einsum("BHTS,BSHD->BTHD", weights, v_BxSxHxD)
+
+
+__all__ = ["MASKED", "dropped_attention", "softmax_attention"]

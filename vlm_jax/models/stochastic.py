@@ -10,7 +10,12 @@ import jax.numpy as jnp
 
 def fold_in(keys: jax.Array | None, data: int | jax.Array) -> jax.Array | None:
     """An independent stream per row for the use numbered `data`; None stays None."""
-    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+    return None if keys is None else row_keys(keys, data)
+
+
+def row_keys(keys: jax.Array, data: int | jax.Array) -> jax.Array:
+    """`fold_in` of keys that are there."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:

@@ -16,7 +16,7 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import constant
 
-from vlm_jax.flops import transformer_flops
+from vlm_jax.flops import cross_attention_flops, transformer_flops
 from vlm_jax.mesh import constrain
 from vlm_jax.models.attention import Attention, AttentionImpl
 from vlm_jax.models.initializers import INITIALIZERS, Initializers, InitName
@@ -34,9 +34,7 @@ class TransformerConfig:
 
     width: int = 768  # of the residual stream
     depth: int = 12  # number of blocks
-    heads: int = 12  # attention heads; divides width unless head_dim is given
-    kv_heads: int = 0  # heads of keys and values, each for heads / kv_heads of the queries; 0: as many as heads
-    head_dim: int = 0  # channels of a head; 0: width / heads
+    heads: int = 12  # attention heads; divides width
     mlp_dim: int = 3072  # hidden width of the MLP
     activation: ActivationName = "quick_gelu"  # of the MLP; "gelu" is the exact one
     gated: bool = False  # whether the MLP has a gate; with "silu" it is SwiGLU
@@ -55,6 +53,11 @@ class TransformerConfig:
     attention_impl: AttentionImpl = "auto"  # attention kernel
     init: InitName = "vit"  # recipe of the initial weights
 
+    @property
+    def attention_width(self) -> int:
+        """Channels of the queries of all heads together."""
+        return self.width
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that can't be built."""
         for key, value in (("width", self.width), ("heads", self.heads), ("mlp_dim", self.mlp_dim)):
@@ -62,12 +65,7 @@ class TransformerConfig:
                 yield key, f"= {value} must be at least 1"
         if self.depth < 0:
             yield "depth", f"= {self.depth} must not be negative; 0 leaves the embeddings as they are"
-        for key, value in (("kv_heads", self.kv_heads), ("head_dim", self.head_dim)):
-            if value < 0:
-                yield key, f"= {value} must not be negative"
-        if self.kv_heads > 0 and self.heads >= 1 and self.heads % self.kv_heads:
-            yield "kv_heads", f"= {self.kv_heads} does not divide heads = {self.heads}; use 0 for as many as heads"
-        if self.heads >= 1 and not self.head_dim and self.width % self.heads:
+        if self.heads >= 1 and self.attention_width % self.heads:
             divisors = [h for h in range(1, self.width + 1) if self.width % h == 0 and self.width // h >= 8]
             near = sorted(sorted(divisors, key=lambda h: abs(h - self.heads))[:3])
             yield "heads", f"= {self.heads} does not divide width {self.width}; use one of {near or [1]}"
@@ -92,11 +90,8 @@ class CrossDecoderConfig(TransformerConfig):
 
     def stack_flops(self, tokens: int, context_tokens: int, context_width: int) -> int:
         """Model FLOPs of the stack's forward pass for one sequence of `tokens` and its context."""
-        width, queries_and_outputs = self.width, 2 * tokens * 2 * self.width**2
-        keys_and_values = 2 * context_tokens * 2 * context_width * width
-        scores_and_sums = 2 * 2 * tokens * context_tokens * width
-        cross = queries_and_outputs + keys_and_values + scores_and_sums
-        own = transformer_flops(width, self.depth, self.self_mlp_dim + self.mlp_dim, tokens)
+        cross = cross_attention_flops(self.width, tokens, context_tokens, context_width)
+        own = transformer_flops(self.width, self.depth, self.self_mlp_dim + self.mlp_dim, tokens)
         return own + self.depth * cross
 
 
@@ -117,19 +112,18 @@ class ResidualBlock(nn.Module):
     keep_output: bool
     dtype: Dtype = jnp.float32
 
-    def _attention(self, init: Initializers) -> Attention:
+    def _attention(self, init: Initializers, kind: type[Attention] = Attention, name: str = "attn", **more: Any) -> Any:
         config = self.config
-        return Attention(
+        return kind(
             config.heads,
             init,
             config.qkv_bias,
             config.attention_impl,
             config.key_bias,
             config.out_bias,
-            config.kv_heads,
-            config.head_dim,
             dtype=self.dtype,
-            name="attn",
+            name=name,
+            **more,
         )
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from flax.typing import Dtype
 from jax.nn.initializers import constant
 
 from vlm_jax.models.image_tower import ImageTowerConfig
-from vlm_jax.models.projection import ProjectionConfig
+from vlm_jax.models.projection import ProjectionConfig, unit_length
 from vlm_jax.models.stochastic import fold_in
 from vlm_jax.models.text import TextConfig, TextTower
 from vlm_jax.models.vit import ViTConfig
@@ -155,11 +155,7 @@ def _embedding(outputs: dict[str, jax.Array]) -> jax.Array:
 
 def _features(outputs: dict[str, jax.Array], normalize: bool) -> jax.Array:
     features = _embedding(outputs).astype(jnp.float32)
-    if not normalize:
-        return features
-    # rsqrt of a clamped square, not a division by a norm: the gradient of a norm at zero is NaN.
-    square = jnp.square(features).sum(axis=-1, keepdims=True)
-    return features * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+    return unit_length(features) if normalize else features
 
 
 __all__ = ["TwoTower", "TwoTowerConfig"]

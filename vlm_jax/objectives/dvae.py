@@ -17,8 +17,8 @@ from vlm_jax.flops import TRAIN_OVER_FORWARD
 from vlm_jax.losses.autoencoding import divergence_from_uniform, gumbel_softmax, logit_laplace
 from vlm_jax.models.dvae import Dvae as DvaeModule
 from vlm_jax.models.dvae import DvaeModelConfig, decoded_images, map_pixels
+from vlm_jax.models.projection import unit_length
 from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig, denormalise_images
-from vlm_jax.objectives.images import unit_length
 from vlm_jax.schema import ConfigError
 from vlm_jax.step import Aux, Batch, Ratio
 

@@ -18,6 +18,7 @@ from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.models.image_tower import ImageTowerConfig
+from vlm_jax.models.projection import unit_length
 from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig, denormalise_images, normalise_images
 from vlm_jax.objectives.image_text import ImageTextConfig
 from vlm_jax.schema import ConfigError
@@ -142,12 +143,6 @@ class ImageObjective(ModelObjective):
         return self._patches(named["tokens"]).mean(axis=1)
 
 
-def unit_length(vectors_BxD: jax.Array) -> jax.Array:
-    """[B, D] -> [B, D] of L2 norm 1."""
-    square = jnp.square(vectors_BxD).sum(axis=-1, keepdims=True)
-    return vectors_BxD * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
-
-
 def pictures(
     images_BxHxWxC: jax.Array,
     prediction_BxHxWxC: jax.Array,
@@ -174,4 +169,4 @@ def pictures(
     }
 
 
-__all__ = ["GREY", "ImageObjective", "ImagesConfig", "pictures", "unit_length"]
+__all__ = ["GREY", "ImageObjective", "ImagesConfig", "pictures"]

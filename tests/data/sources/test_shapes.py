@@ -68,6 +68,26 @@ def test_pictures_show_what_captions_say():
     assert np.mean(areas["large"]) > 2.5 * np.mean(areas["small"])
 
 
+def test_a_close_up_is_one_object_three_times_as_large():
+    """About nine times the area (small ones are mostly edge), in the middle, and cut off nowhere."""
+    areas = {}
+    for cells in (9, 1):
+        source = ShapesConfig(count=300, image_size=64, max_objects=1, cells=cells).build("")
+        assert source.class_names[source[0]["label"]] == "{color} {shape}".format(**source[0]["scene"][0])
+        for index in range(300):
+            record = source[index]
+            (item,), image = record["scene"], record["image"].astype(int)
+            occupied = np.abs(image - image[0, 0]).sum(-1) > 60
+            areas.setdefault((item["shape"], item["size"]), {}).setdefault(cells, []).append(occupied.sum())
+            if cells == 1:
+                assert item["position"] == "centre"
+                assert np.abs(image[30:34, 30:34].mean((0, 1)) - COLORS[item["color"]]).max() < 45
+                assert not np.concatenate([occupied[[0, -1]].ravel(), occupied[:, [0, -1]].ravel()]).any()
+    assert len(areas) == len(SHAPES) * len(SIZES)
+    for found in areas.values():
+        assert np.mean(found[1]) == pytest.approx(9 * np.mean(found[9]), rel=0.3)
+
+
 def test_shapes_differ_from_each_other():
     from PIL import Image, ImageDraw
 

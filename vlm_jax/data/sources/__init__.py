@@ -8,10 +8,12 @@ from vlm_jax.data.sources.array_record import ArrayRecordConfig
 from vlm_jax.data.sources.base import BadRecord, Record, Source, SourceConfig, keys_at
 from vlm_jax.data.sources.class_folders import ClassFoldersConfig, class_folders, image_files
 from vlm_jax.data.sources.digits import DigitsConfig
+from vlm_jax.data.sources.json_lists import JsonListsConfig
 from vlm_jax.data.sources.llava_json import LlavaJsonConfig
 from vlm_jax.data.sources.mixture import MixtureConfig, MixturePart
 from vlm_jax.data.sources.parquet import ParquetConfig
 from vlm_jax.data.sources.shapes import ShapesConfig
+from vlm_jax.data.sources.subset import SubsetConfig
 from vlm_jax.data.sources.tables import CsvConfig, JsonlConfig
 from vlm_jax.data.sources.tar import TarConfig
 from vlm_jax.data.sources.text_files import TextFilesConfig
@@ -24,6 +26,7 @@ KINDS: dict[str, type[Any]] = {
     "tar": TarConfig,
     "jsonl": JsonlConfig,
     "csv": CsvConfig,
+    "json": JsonListsConfig,
     "tfds": TfdsConfig,
     "array_record": ArrayRecordConfig,
     "class_folders": ClassFoldersConfig,
@@ -31,6 +34,7 @@ KINDS: dict[str, type[Any]] = {
     "parquet": ParquetConfig,
     "text": TextFilesConfig,
     "mixture": MixtureConfig,
+    "subset": SubsetConfig,
 }
 
 
@@ -44,7 +48,7 @@ def source_for_path(path: str) -> SourceConfig:
     if lower.endswith(".jsonl"):
         return JsonlConfig(path=path)
     if lower.endswith(".json"):
-        return LlavaJsonConfig(path=path)
+        return LlavaJsonConfig(path=path) if _holds_conversations(path) else JsonListsConfig(path=path)
     if lower.endswith(".parquet"):
         return ParquetConfig(path=path)
     if lower.endswith((".csv", ".tsv")):
@@ -77,8 +81,9 @@ def source_at(path: str, source: SourceConfig, path_key: str, source_key: str, c
         with keys_at(f"{source_key}.path", f"{source_key}."):
             return source.build(cache_dir)
     with keys_at(path_key, f"{source_key}."):
-        # A *.jsonl may hold images with captions or documents: the source that is there tells.
-        named = source if isinstance(source, TextFilesConfig) else source_for_path(path)
+        # A *.jsonl may hold images with captions or documents, a *.json captions or conversations: the source that is
+        # there tells.
+        named = source if isinstance(source, TextFilesConfig | JsonListsConfig) else source_for_path(path)
     others = f"{source_key}."
     if isinstance(source, type(named)):
         named = dataclasses.replace(source, path=path)
@@ -86,6 +91,16 @@ def source_at(path: str, source: SourceConfig, path_key: str, source_key: str, c
         others = f"{source_key}={named.kind()}, {others}"
     with keys_at(path_key, others):
         return named.build(cache_dir)
+
+
+def _holds_conversations(path: str) -> bool:
+    """Whether the first of some *.json files has LLaVA's layout and not that of a list of captions."""
+    first = path.split(",")[0]
+    if not os.path.isfile(first):
+        return True
+    with open(first, "rb") as stream:
+        start = stream.read(1 << 16)
+    return b'"conversations"' in start or b'"caption"' not in start
 
 
 def _source_for_folder(path: str) -> SourceConfig:
@@ -106,8 +121,8 @@ def _source_for_folder(path: str) -> SourceConfig:
 def _unknown(path: str, what: str) -> ConfigError:
     return ConfigError(
         f"config.data.source.path = {path!r} is {what}; give tar shards (folder, glob, or shard-{{000..009}}.tar), "
-        "a .jsonl, .csv or .tsv file, *.array_record files, a folder with a folder per class, a .json or *.parquet of "
-        "conversations, *.txt files of text, or set config.data.source to a kind and its own keys"
+        "a .jsonl, .json, .csv, .tsv or .txt file, *.array_record files, a folder with a folder per class, *.parquet "
+        "of conversations, or set config.data.source to a kind and its own keys"
     )
 
 
@@ -118,6 +133,7 @@ __all__ = [
     "ClassFoldersConfig",
     "CsvConfig",
     "DigitsConfig",
+    "JsonListsConfig",
     "JsonlConfig",
     "LlavaJsonConfig",
     "MixtureConfig",
@@ -127,6 +143,7 @@ __all__ = [
     "ShapesConfig",
     "Source",
     "SourceConfig",
+    "SubsetConfig",
     "TarConfig",
     "TextFilesConfig",
     "TfdsConfig",

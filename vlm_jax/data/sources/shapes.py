@@ -42,7 +42,7 @@ _SPLIT_STREAMS = {"train": 0, "test": 1}
 
 @dataclasses.dataclass(frozen=True)
 class ShapesConfig(SourceConfig):
-    """Scenes on a plain ground, one object at most in each cell of a 3x3 grid."""
+    """Scenes on a plain ground, one object at most in each cell of a 3x3 grid, or close-ups of one object."""
 
     # the test scenes are drawn from the same distribution by another random stream
     split: Literal["train", "test"] = "train"
@@ -54,6 +54,8 @@ class ShapesConfig(SourceConfig):
     min_objects: int = 1
     # ... to this many
     max_objects: int = 3
+    # places for objects: 9, the grid, or 1, the whole image, whose object is three times as large
+    cells: Literal[1, 9] = 9
     # seed of the scenes; not the run's seed, which orders them
     seed: int = 0
     # kinds of conversations about the scenes, each as likely as every other; empty: captions without conversation
@@ -71,12 +73,14 @@ class ShapesConfig(SourceConfig):
             yield "max_rounds", f"= {self.max_rounds} leaves no question; use 1 or more"
         if "more" in self.conversations and self.min_objects == self.max_objects:
             yield "conversations", "holds 'more', but all scenes have as many objects; raise max_objects"
-        if not 1 <= self.min_objects <= self.max_objects <= len(POSITIONS):
+        if self.conversations and self.cells == 1:
+            yield "conversations", "asks for places, which close-ups (cells = 1) don't have; set cells = 9"
+        if not 1 <= self.min_objects <= self.max_objects <= self.cells:
             yield (
                 "min_objects",
                 (
                     f"= {self.min_objects} and max_objects = {self.max_objects} must satisfy "
-                    f"1 <= min_objects <= max_objects <= {len(POSITIONS)}, the cells of the grid"
+                    f"1 <= min_objects <= max_objects <= {self.cells}, the cells"
                 ),
             )
 
@@ -109,7 +113,7 @@ class ShapesSource:
             return self._chat(index)
         rng, scene = self._scene(index)
         record: Record = {
-            "image": _draw(scene, self.config.image_size, rng),
+            "image": _draw(scene, self.config.image_size, 3.0 if self.config.cells == 1 else 1.0, rng),
             "texts": _captions(scene),
             "scene": scene,
             "key": f"{self.config.split}-{index:06d}",
@@ -132,7 +136,7 @@ class ShapesSource:
     def picture(self, index: int) -> np.ndarray:
         """The image of a record, uint8 [image_size, image_size, 3]."""
         rng, scene = self._scene(index)
-        return _draw(scene, self.config.image_size, rng)
+        return _draw(scene, self.config.image_size, 1.0, rng)
 
     def _chat(self, index: int) -> Record:
         conversation, size = self._conversation(index), self.config.image_size
@@ -170,7 +174,7 @@ class ShapesSource:
         return shapes_chat.questions(rng, scene, kinds, config.max_rounds)
 
     def _draw_other(self, scene: Scene, index: int, number: int) -> np.ndarray:
-        return _draw(scene, self.config.image_size, self._rng(index, 2 + number))
+        return _draw(scene, self.config.image_size, 1.0, self._rng(index, 2 + number))
 
     def _rng(self, index: int, stream: int) -> np.random.Generator:
         """Further randomness of a record; stream 0 is that of its scene."""
@@ -182,17 +186,18 @@ class ShapesSource:
             raise IndexError(f"shapes has {self.config.count} records, no record {index}")
         rng = self._rng(index, 0)
         count = int(rng.integers(self.config.min_objects, self.config.max_objects + 1))
-        return rng, _random_scene(rng, count)
+        return rng, _random_scene(rng, count, self.config.cells)
 
 
-def _random_scene(rng: np.random.Generator, count: int) -> Scene:
-    cells = sorted(rng.choice(len(POSITIONS), size=count, replace=False))
+def _random_scene(rng: np.random.Generator, count: int, places: int = len(POSITIONS)) -> Scene:
+    positions = POSITIONS if places == len(POSITIONS) else ("centre",)
+    cells = sorted(rng.choice(len(positions), size=count, replace=False))
     return [
         {
             "shape": SHAPES[rng.integers(len(SHAPES))],
             "color": tuple(COLORS)[rng.integers(len(COLORS))],
             "size": tuple(SIZES)[rng.integers(len(SIZES))],
-            "position": POSITIONS[cell],
+            "position": positions[cell],
         }
         for cell in cells
     ]
@@ -204,17 +209,18 @@ def _captions(scene: Scene) -> tuple[str, ...]:
     return tuple(dict.fromkeys((" and ".join(phrases), " and ".join(reversed(phrases)))))
 
 
-def _draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
+def _draw(scene: Scene, size: int, zoom: float, rng: np.random.Generator) -> np.ndarray:
     """Ground, colours and places vary a little from scene to scene, so that pixels alone don't name a caption."""
     wide = size * _SUPERSAMPLING
     image = Image.new("RGB", (wide, wide), tuple(int(v) for v in rng.integers(215, 256, size=3)))
     canvas = ImageDraw.Draw(image)
     for item in scene:
         row, column = divmod(POSITIONS.index(item["position"]), 3)
-        jitter_x, jitter_y = rng.uniform(-0.015, 0.015, size=2)
+        jitter_x, jitter_y = zoom * rng.uniform(-0.015, 0.015, size=2)
         centre = ((column + 0.5) / 3 + jitter_x) * wide, ((row + 0.5) / 3 + jitter_y) * wide
         color = np.clip(np.asarray(COLORS[item["color"]]) + rng.integers(-12, 13, size=3), 0, 255)
-        _draw_object(canvas, item["shape"], centre, SIZES[item["size"]] * wide, tuple(int(v) for v in color))
+        radius = zoom * SIZES[item["size"]] * wide
+        _draw_object(canvas, item["shape"], centre, radius, tuple(int(v) for v in color))
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
 

@@ -44,16 +44,22 @@ class TableConfig(KeyedConfig):
             )
         return self.path
 
-    def read_image(self, name: str, key: str) -> bytes:
-        """Bytes of an image file; raises `BadRecord` when it can't be read."""
-        root = self.image_root or os.path.dirname(os.path.abspath(self.path))
+    def read_image(self, name: str, key: str, table: str = "") -> bytes:
+        """Bytes of an image file; raises `BadRecord` when it can't be read.
+
+        Args:
+            name: of the file.
+            key: of the record.
+            table: the file that names it, where `path` is not one file.
+        """
+        root = self.image_root or os.path.dirname(os.path.abspath(table or self.path))
         try:
             with open(os.path.join(root, name), "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             why = getattr(error, "strerror", None) or str(error)
             where = "" if os.path.isabs(name) else f" in {root}, the source's image_root"
-            raise BadRecord(self.path, key, f"its image {name!r} can't be read: {why}{where}") from error
+            raise BadRecord(table or self.path, key, f"its image {name!r} can't be read: {why}{where}") from error
 
 
 @dataclasses.dataclass(frozen=True)

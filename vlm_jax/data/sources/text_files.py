@@ -10,6 +10,7 @@ import os
 from typing import Any, Literal
 
 import numpy as np
+from pyarrow import parquet
 
 from vlm_jax.data.sources.base import BadRecord, Record, SourceConfig
 from vlm_jax.data.sources.paths import find_files
@@ -143,7 +144,6 @@ class _Parquet:
 
     def __init__(self, file: str, text_key: str):
         self.file, self.text_key = file, text_key
-        parquet = _pyarrow_parquet(file)
         try:
             meta = parquet.ParquetFile(file).metadata
         except (OSError, ValueError) as error:
@@ -166,15 +166,7 @@ class _Parquet:
 
 @functools.lru_cache(maxsize=2)
 def _parquet_group(file: str, column: str, group: int) -> Any:
-    return _pyarrow_parquet(file).ParquetFile(file).read_row_group(group, columns=[column]).column(0)
-
-
-def _pyarrow_parquet(file: str) -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ConfigError(f"reading {file} needs the package pyarrow; install it") from error
-    return parquet
+    return parquet.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
 
 
 __all__ = ["TextFilesConfig", "TextFilesSource"]
