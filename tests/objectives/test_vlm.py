@@ -37,7 +37,7 @@ CONFIG = VlmConfig(
     model=VisionLanguageConfig(image=TOWER, layer=-2, newline=True, decoder=DECODER), length=LENGTH, tiles=TILES
 )
 CHAT = ChatConfig(row_length=LENGTH, max_tiles=TILES)
-FROZEN_TOWER = (Part("image", "image/.*", frozen=True), Part("rest", ".*"))
+FROZEN_TOWER = (Part("image", "image/.*", frozen=True), Part("projector", "projector/.*"), Part("rest", ".*"))
 SMOOTH = {"optimizer__eps": 0.01, "optimizer__learning_rate": 0.1, "data__chat": CHAT, "data__augment": None}
 
 
@@ -169,6 +169,14 @@ def test_frozen_parts_stay_bit_for_bit_and_own_no_slots(reference: Run) -> None:
     for part in ("projector", "decoder", "newline"):
         for before, after in zip(jax.tree.leaves(start[part]), jax.tree.leaves(state.params[part]), strict=True):
             assert np.any(before != after)
+
+
+def test_each_part_that_learns_tells_the_norm_of_its_gradients(reference: Run) -> None:
+    for metrics in reference.metrics:
+        norms = {name: x for name, x in metrics.items() if name.startswith("gradient_norm/")}
+        assert norms.keys() == {"gradient_norm/projector", "gradient_norm/rest"}
+        assert np.sqrt(sum(x**2 for x in norms.values())) == pytest.approx(metrics["gradient_norm"], rel=1e-5)
+        assert min(norms.values()) > 0
 
 
 def test_a_batch_without_a_learned_token_has_loss_and_gradient_zero(reference: Run) -> None:

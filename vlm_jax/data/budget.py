@@ -58,6 +58,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--records", type=int, default=0, help="look at this many, spread evenly; 0: at all")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads that read and tokenise")
     parser.add_argument("--cache_dir", default="", help="folder that keeps the lengths, such as WORKDIR/index")
+    parser.add_argument("--show", type=int, default=0, help="first print so many, what is learned in [[brackets]]")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
     return parser.parse_args(rest), overrides
 
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags, overrides = parse(list(sys.argv[1:] if arguments is None else arguments))
     try:
         source, maker = _from_config(flags, overrides) if flags.config else _from_recipe(flags, overrides)
+        print_documents(source, maker, flags.show)
         records = _Part(source, flags.records) if flags.records else source
         measured = measure(records, _ImagesToo(maker) if flags.check_images else maker, flags.threads, flags.cache_dir)
         found = numbers(measured, maker.config)
@@ -78,6 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with open(flags.json, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=2)
     return 0
+
+
+def print_documents(source: Source, maker: ChatExamples, count: int) -> None:
+    """Prints the first `count` records as the model reads them; of an unusable one the reason."""
+    for index in range(min(count, len(source))):
+        try:
+            print(f"{index}: {maker.writer.shown(maker.fitted(source[index])[0])}\n")
+        except BadRecord as error:
+            print(f"{index}: {error}\n")
 
 
 def _from_config(flags: argparse.Namespace, overrides: dict[str, str]) -> tuple[Source, ChatExamples]:

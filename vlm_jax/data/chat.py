@@ -206,6 +206,21 @@ class ChatWriter:
         text = self.vocabulary.tokenizer.encoder.decode(ids[: ends[0]] if ends else ids)
         return text if self.end_ids else text.partition("\n")[0]
 
+    def shown(self, document: Document) -> str:
+        """The document for people: what is learned in [[double brackets]], tokens without a text as <id>."""
+        decode = self.vocabulary.tokenizer.encoder.decode
+        alone = [not decode([int(token)]).strip("\ufffd") for token in document.ids]
+        kinds = zip(document.supervised.tolist(), (document.slots != NO_SLOT).tolist(), alone, strict=True)
+        runs: list[str] = []
+        place = 0
+        for (learned, image, single), group in itertools.groupby(kinds):
+            ids = document.ids[place : place + len(list(group))].tolist()
+            place += len(ids)
+            text = "".join(f"<{token}>" for token in ids) if single else decode(ids)
+            text = f"<{len(ids)} tokens of images>" if image else text
+            runs.append(f"[[{text}]]" if learned else text)
+        return " ".join(runs).replace("]] [[", " ")
+
     def document(self, record: Record) -> Document:
         """The whole conversation; of a record with a caption, its first one as the answer to the image.
 
