@@ -1,13 +1,19 @@
 """Warm starts: renamed, resized, partial, onto a mesh; and the list of all that doesn't fit."""
 
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vlm_jax.assemble import build_run_tokenizer
 from vlm_jax.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, save_params
+from vlm_jax.data.text import SentencePieceConfig, build_tokenizer
 from vlm_jax.schema import ConfigError
 from vlm_jax.warm_start import InitFrom, warm_start
 
@@ -143,3 +149,20 @@ def test_rules_are_checked_before_anything_is_read():
     assert [key for key, _ in InitFrom(path="x", map=(("(", ""),), skip=("[",)).problems()] == ["map", "skip"]
     assert [key for key, _ in InitFrom(skip=("a",)).problems()] == ["skip"]
     assert not list(InitFrom().problems())
+
+
+def test_the_tokenizer_comes_along_where_it_is_asked_for(tmp_path: Path) -> None:
+    """A text tower or a decoder reads the ids that it was trained with."""
+    tokenizer = build_tokenizer(SentencePieceConfig(length=16, vocab_size=300), ["quite other words"] * 9)
+    for name, state in (("with", tokenizer.state()), ("without", None)):
+        params = {"x": np.zeros(1, np.float32)}
+        save_params(tmp_path / name, params, config={}, tokenizer=state, preprocess={})
+
+    def found(source: str, wanted: bool) -> Any:
+        config = tiny.config(init_from__path=str(tmp_path / source), init_from__tokenizer=wanted)
+        return build_run_tokenizer(config, config.data.build_source(""), None)
+
+    assert found("with", True).state() == tokenizer.state()
+    assert found("with", False).state() != tokenizer.state()
+    with pytest.raises(ConfigError, match=r"init_from.tokenizer = true, but .*without holds no tokenizer"):
+        found("without", True)
