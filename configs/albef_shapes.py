@@ -7,6 +7,7 @@ negative of it. No crop and no flip: they would move objects to other places tha
 """
 
 import dataclasses
+from typing import Any
 
 from vlm_jax.checkpoint import CheckpointConfig
 from vlm_jax.config import Config, TrainConfig, variant
@@ -23,12 +24,12 @@ from vlm_jax.optim import AdamW
 from vlm_jax.schedule import Cosine
 from vlm_jax.schema import override
 
-SCENES = ShapesConfig(image_size=48, count=30000, max_objects=2)
+SCENES = ShapesConfig(image_size=48, count=20000, max_objects=2)
 LENGTH, VOCABULARY = 20, 128
-STEPS = 1500
+STEPS = 2400
 
-SIZES = {"width": 96, "heads": 3, "mlp_dim": 384}
-NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0}
+SIZES: dict[str, Any] = {"width": 96, "heads": 3, "mlp_dim": 384}
+NO_DROPOUT: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0}
 SMALL = {"width": 32, "heads": 2, "mlp_dim": 64, "depth": 2}
 SMOKE = {
     **{f"objective.model.{part}.{key}": value for part in ("image", "text", "fusion") for key, value in SMALL.items()},
@@ -63,14 +64,14 @@ def get_config(name: str = "") -> Config:
         ),
         data=DataConfig(
             source=SCENES,
-            batch_size=64,
+            batch_size=32,
             preprocess=PreprocessConfig(resize="squash"),
             augment=None,
             tokenizer=override(ALBEF_TOKENIZER, {"length": LENGTH, "vocab_size": VOCABULARY}),
         ),
         optimizer=AdamW(learning_rate=1e-3, weight_decay=0.02, schedule=Cosine(warmup_steps=STEPS // 10)),
         train=TrainConfig(steps=STEPS, log_every=50),
-        checkpoint=CheckpointConfig(every=500, keep=1),
+        checkpoint=CheckpointConfig(every=800, keep=1),
         evals=(
             RetrievalConfig(
                 "shapes",
