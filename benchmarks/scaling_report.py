@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from pages import write_between
 from scaling_fit import Fit, FitError, envelope, fit, optimal_exponent, power
-
-from vlm_jax.schema import ConfigError
 
 METHODS = {"aim": "AIM", "mae50": "MAE 50 %", "mae75": "MAE 75 %"}
 BEGIN, END = "<!-- written by benchmarks/scaling.py -->", "<!-- end -->"
@@ -230,10 +229,5 @@ def _draw_method(runs: Sequence[Run], curve: Curve, name: str, choose: Any, axes
 def write_docs(text: str, workdir: Path, docs: Path) -> None:
     """Puts the report between the marks of the page, and the picture beside it."""
     shutil.copyfile(workdir / "scaling.png", docs / "scaling.png")
-    page = docs / "scaling.md"
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{page} has lost its marks {BEGIN} and {END}; put them where the tables shall stand")
     picture = "![Loss on held-out images against parameters, images seen and FLOPs](scaling.png)"
-    page.write_text(before + "\n\n".join([begin, text, picture, end]) + after)
+    write_between(docs / "scaling.md", BEGIN, END, f"{text}\n\n{picture}")

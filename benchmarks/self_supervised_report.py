@@ -6,8 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-
-from vlm_jax.schema import ConfigError
+from pages import write_between
 
 METHODS = {"aim": "AIM", "mae": "MAE", "simmim": "SimMIM", "beit": "BEiT"}
 NAMES = {"random": "random weights", **METHODS, "supervised": "labels alone"}  # rows of the table
@@ -76,9 +75,4 @@ def write_docs(report: str, workdir: Path, names: Sequence[str], docs: Path) -> 
         shutil.copyfile(workdir / picture, docs / picture)
     titles = ["Held-out top-1", *(f"Reconstructions of {name}" for name in names)]
     shown = [f"![{title}]({picture})" for title, picture in zip(titles, pictures, strict=True)]
-    page = docs / "self_supervised.md"
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{page} has lost its marks {BEGIN} and {END}; put them where the table shall stand")
-    page.write_text(before + "\n\n".join([begin, report, *shown, end]) + after)
+    write_between(docs / "self_supervised.md", BEGIN, END, "\n\n".join([report, *shown]))

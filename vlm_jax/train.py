@@ -147,14 +147,15 @@ class _Run:
         state = self.program.setup.init()
         if not self.config.init_from.sources:
             return state
-        params = warm_start(state.params, self.config.init_from, to_json(self.config))
+        saved = to_json(self.config)
+        params = warm_start(state.params, self.config.init_from, saved)
         live, _ = self.program.setup.parts.split(params)
         # a copy, since the step donates both
         ema = jax.tree.map(lambda x: x.copy(), live) if state.ema else {}
         begin = jax.jit(self.program.objective.begin, out_shardings=jax.tree.map(lambda x: x.sharding, state.extra))
         extra = begin(state.extra, params)
         if self.config.init_from.extra:
-            extra = warm_extra(extra, self.config.init_from)
+            extra = warm_extra(extra, self.config.init_from, saved)
         return dataclasses.replace(state, params=params, ema=ema, extra=extra)
 
     def _announce(self, resumed: bool) -> None:

@@ -6,10 +6,9 @@ Only parameters are taken: never the step, the optimiser or the data position. R
 
 import contextlib
 import dataclasses
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,9 +18,8 @@ from jax.sharding import PartitionSpec as P
 from vlm_jax import orbax_noise
 from vlm_jax.checkpoint_format import find_step, read_arrays, read_meta, stored_params
 from vlm_jax.digest import flatten_paths
-from vlm_jax.models.position import GridResize, resize_1d, resize_grid
-from vlm_jax.models.relative_position import resize_relative
 from vlm_jax.schema import ConfigError
+from vlm_jax.warm_resize import fit
 
 _STACK = re.compile(r"(.*/)?blocks/.*")  # leaves with a leading axis of layers
 
@@ -144,35 +142,43 @@ def warm_start(params: Any, init_from: InitFrom, new_config: Mapping[str, Any]) 
     return jax.tree.unflatten(treedef, [new[path] for path in ours])
 
 
-def warm_extra(extra: Any, init_from: InitFrom) -> Any:
+def warm_extra(extra: Any, init_from: InitFrom, new_config: Mapping[str, Any]) -> Any:
     """What a method keeps beside its parameters, from the source of the parameters.
 
     Args:
         extra: this method's own, a tree of jax arrays.
-        init_from: the source.
+        init_from: the source, and what may be resized.
+        new_config: as for `warm_start`.
 
     Raises:
         ConfigError: lists every array that the source lacks or has in another shape.
         CheckpointError: no checkpoint there, or a damaged one.
     """
     directory = find_step(init_from.path)
-    manifest, ours = read_meta(directory)["manifest"], flatten_paths(extra)
+    meta, ours = read_meta(directory), flatten_paths(extra)
+    manifest = meta["manifest"]
     problems = [f"{path}: not in the source" for path in ours if f"extra/{path}" not in manifest]
+    resizes = {}
     for path, leaf in ours.items():
-        shape = manifest.get(f"extra/{path}", {}).get("shape", list(leaf.shape))
-        if shape != list(leaf.shape):
-            problems.append(f"{path}: {list(leaf.shape)} in this method, {shape} in the source")
+        if entry := manifest.get(f"extra/{path}"):
+            old, configs = (path, entry["shape"]), (meta["config"], new_config)
+            resize, sentences = fit(init_from.resize, old, (path, leaf.shape), configs)
+            problems += sentences
+            resizes |= {} if resize is None else {path: resize}
     if problems:
         raise ConfigError(
             f"config.init_from.extra: what {directory} holds beside its parameters doesn't fit this method; change the "
             "method's sizes, or set init_from.extra = false:\n  " + "\n  ".join(problems)
         )
-    wanted = {
-        f"extra/{path}": jax.ShapeDtypeStruct(leaf.shape, manifest[f"extra/{path}"]["dtype"], sharding=leaf.sharding)
-        for path, leaf in ours.items()
-    }
-    arrays = read_arrays(directory, manifest, wanted)
-    new = [arrays[f"extra/{path}"].astype(leaf.dtype) for path, leaf in ours.items()]
+    wanted = {}
+    for path, leaf in ours.items():
+        entry, sharding = manifest[f"extra/{path}"], leaf.sharding
+        sharding = _replicated(sharding) if path in resizes else sharding
+        wanted[f"extra/{path}"] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
+    arrays = {path.removeprefix("extra/"): x for path, x in read_arrays(directory, manifest, wanted).items()}
+    for path, resize in resizes.items():
+        arrays[path] = jax.device_put(resize(np.asarray(arrays[path])), ours[path].sharding)
+    new = [arrays[path].astype(leaf.dtype) for path, leaf in ours.items()]
     return jax.tree.unflatten(jax.tree.structure(extra), new)
 
 
@@ -196,13 +202,11 @@ def _loaded(
             if layers[1] > old_shape[0]:
                 problems.append(f"{path}: layers {layers} of {old_shape[0]} in the source")
             old_shape = (layers[1] - layers[0], *old_shape[1:])
-        if any(re.fullmatch(pattern, path) for pattern in init_from.resize):
-            resize = _resize_kind(path)(source_path, old_shape, path, new_shape, meta["config"], new_config)
-            if resize.needed():
-                resizes[path] = resize
-                problems += resize.problems()
-        elif old_shape != new_shape:
-            problems.append(f"{path}: {list(new_shape)} in this model, {list(old_shape)} in the source")
+        resize, sentences = fit(
+            init_from.resize, (source_path, old_shape), (path, new_shape), (meta["config"], new_config)
+        )
+        problems += sentences
+        resizes |= {} if resize is None else {path: resize}
     if problems:
         raise ConfigError(
             f"{where}: the parameters in {directory} don't fit this model. Rename by init_from.map, keep the "
@@ -252,136 +256,6 @@ def _match(init_from: InitFrom, ours: list[str], source: list[str], whole: bool)
         f"init_from.{key}: {pattern!r} matches nothing" for key, pattern in rules if (key, pattern) not in used
     ]
     return sources, problems
-
-
-class _Resize:
-    """The resize of one position embedding [positions, D]: of a grid for images, of a length for texts."""
-
-    def __init__(
-        self,
-        old_path: str,
-        old_shape: tuple[int, ...],
-        new_path: str,
-        new_shape: tuple[int, ...],
-        old_config: Mapping[str, Any],
-        new_config: Mapping[str, Any],
-    ) -> None:
-        self.path, self.old_shape, self.new_shape = new_path, old_shape, new_shape
-        self.old_grid, self.new_grid = _grid(old_config, old_path), _grid(new_config, new_path)
-        self.form: GridResize = _form(new_config, new_path)
-
-    def needed(self) -> bool:
-        """Equal shapes may still be of different grids: 36 patches are 4 x 9 or 6 x 6."""
-        known = self.old_grid is not None and self.new_grid is not None
-        return self.old_shape != self.new_shape or (known and self.old_grid != self.new_grid)
-
-    def problems(self) -> Iterator[str]:
-        """Why it can't be done."""
-        what = f"{self.path}: {list(self.new_shape)} in this model, {list(self.old_shape)} in the source; "
-        if not (len(self.old_shape) == len(self.new_shape) == 2 and self.old_shape[1] == self.new_shape[1]):
-            yield what + "only the number of positions can be resized"
-        elif self.old_grid is None or self.new_grid is None:
-            where = "source's" if self.old_grid is None else "new"
-            yield what + f"the {where} config has no single tower with image_size and patch_size, or length, for it"
-        elif len(self.old_grid) != len(self.new_grid):
-            yield what + "one is a grid of patches and the other a row of tokens"
-        elif self._prefix(self.old_shape, self.old_grid) != self._prefix(self.new_shape, self.new_grid):
-            yield what + f"beside the grids {self.new_grid} and {self.old_grid} they have different class tokens"
-
-    @staticmethod
-    def _prefix(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
-        return shape[0] - int(np.prod(grid))
-
-    def __call__(self, table: np.ndarray) -> np.ndarray:
-        match self.old_grid, self.new_grid:
-            case (old_rows, old_columns), (rows, columns):
-                prefix = self._prefix(self.old_shape, (old_rows, old_columns))
-                return resize_grid(table, (old_rows, old_columns), (rows, columns), prefix, self.form)
-            case _:
-                return resize_1d(table, self.new_shape[0])
-
-
-class _TableResize(_Resize):
-    """The resize of one table of relative positions ([layers,] offsets, heads), or its copies for every layer."""
-
-    def problems(self) -> Iterator[str]:
-        """Why it can't be done."""
-        what = f"{self.path}: {list(self.new_shape)} in this model, {list(self.old_shape)} in the source; "
-        copied = len(self.new_shape) == 3 and len(self.old_shape) == 2
-        layers_agree = copied or self.old_shape[:-2] == self.new_shape[:-2]
-        if not layers_agree or self.old_shape[-1] != self.new_shape[-1]:
-            yield what + "only the number of offsets can be resized"
-        elif self.old_grid is None or self.new_grid is None:
-            where = "source's" if self.old_grid is None else "new"
-            yield what + f"the {where} config has no single tower with image_size and patch_size for it"
-        elif self._beside(self.old_shape, self.old_grid) != self._beside(self.new_shape, self.new_grid):
-            yield what + f"beside the grids {self.new_grid} and {self.old_grid} they have different class tokens"
-
-    @staticmethod
-    def _beside(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
-        return shape[-2] - int(np.prod(2 * np.asarray(grid) - 1))
-
-    def __call__(self, table: np.ndarray) -> np.ndarray:
-        assert self.old_grid is not None and self.new_grid is not None, "see `problems`"
-        (old_rows, old_columns), (rows, columns) = self.old_grid, self.new_grid
-        stacked = table.reshape(-1, *table.shape[-2:])
-        resized = np.stack([resize_relative(one, (old_rows, old_columns), (rows, columns)) for one in stacked])
-        return np.broadcast_to(resized if len(self.new_shape) == 3 else resized[0], self.new_shape)
-
-
-class _WindowResize(_TableResize):
-    """That of tables of offsets in a window, which is square and has no class token: its rows tell its side."""
-
-    def __init__(
-        self, old_path: str, old_shape: tuple[int, ...], new_path: str, new_shape: tuple[int, ...], *configs: Any
-    ) -> None:
-        super().__init__(old_path, old_shape, new_path, new_shape, *configs)
-        self.old_grid, self.new_grid = (((math.isqrt(rows) + 1) // 2,) * 2 for *_, rows, _ in (old_shape, new_shape))
-
-
-def _resize_kind(path: str) -> type[_Resize]:
-    """What resizes the parameter at a path of this model."""
-    if path.endswith("/position_bias/table"):
-        return _WindowResize
-    return _TableResize if path.endswith("/table") else _Resize
-
-
-def _grid(config: Mapping[str, Any], path: str) -> tuple[int, ...] | None:
-    """(rows, columns) or (length,) of the tower to which the positions at `path` belong; None if unknown."""
-    sizes = [_size(node) for node in _towers(config, path)]
-    return sizes[0] if len(set(sizes)) == 1 else None
-
-
-def _form(config: Mapping[str, Any], path: str) -> GridResize:
-    """How the tower of a position embedding resizes it; antialiased unless it says otherwise."""
-    named = [form for node in _towers(config, path) if (form := node.get("pos_resize"))]
-    return cast(GridResize, named[0]) if named else "antialias"
-
-
-def _towers(config: Mapping[str, Any], path: str) -> list[Mapping[str, Any]]:
-    """The configs that may be that of the tower to which the positions at `path` belong."""
-    towers = [(name, node) for name, node in _nodes("", config) if _size(node) is not None]
-    parents = path.split("/")[:-1]
-    named = [[node for name, node in towers if name == parent] for parent in reversed(parents)]
-    return next(filter(None, named), [node for _, node in towers])
-
-
-def _size(node: Mapping[str, Any]) -> tuple[int, ...] | None:
-    match node:
-        case {"image_size": int(side), "patch_size": int(patch)}:
-            return side // patch, side // patch
-        case {"image_size": [int(height), int(width)], "patch_size": int(patch)}:
-            return height // patch, width // patch
-        case {"length": int(length), "vocab_size": int()}:
-            return (length,)
-    return None
-
-
-def _nodes(name: str, node: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    yield name, node
-    for key, child in node.items():
-        if isinstance(child, Mapping):
-            yield from _nodes(key, child)
 
 
 def _replicated(sharding: Sharding) -> Sharding:

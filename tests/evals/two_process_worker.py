@@ -27,7 +27,7 @@ def evaluate(device_count):
     common = {"name": "toy", "source": DigitsConfig(), "train_source": DigitsConfig()}
     probe = LinearProbeConfig(**common, lambdas=(1.0,), tolerance=1e-9, max_iterations=10)
     zero_shot = ZeroShotConfig(name="toy", source=DigitsConfig(), templates=("a {}", "the {}"))
-    retrieval = RetrievalConfig(name="toy", source=DigitsConfig())
+    retrieval = RetrievalConfig(name="toy", source=DigitsConfig(), rerank=11)
     evaluators = (
         ZeroShotEvaluator(zero_shot, encoder, source),
         ZeroShotEvaluator(dataclasses.replace(zero_shot, name="scores", prompts_at_a_time=6), captioner, source),

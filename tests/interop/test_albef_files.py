@@ -102,11 +102,28 @@ def test_a_run_goes_on_with_copies_and_queues(published: Any, imported: Path) ->
     _, params, extra = published
     ours, own = start(CONFIG, 1)
     init = InitFrom(path=str(imported), extra=True)
-    tiny.assert_trees_equal(warm_start(ours, init, {"objective": to_dict(CONFIG)}), params)
-    tiny.assert_trees_equal(warm_extra(own, init), extra)
+    config = {"objective": to_dict(CONFIG)}
+    tiny.assert_trees_equal(warm_start(ours, init, config), params)
+    tiny.assert_trees_equal(warm_extra(own, init, config), extra)
     own["queue"]["image"] = own["queue"]["image"][:8]
-    with pytest.raises(ConfigError, match=r"queue/image: \[8, 8\] in this method, \[12, 8\] in the source"):
-        warm_extra(own, init)
+    with pytest.raises(ConfigError, match=r"queue/image: \[8, 8\] in this model, \[12, 8\] in the source"):
+        warm_extra(own, init, config)
+
+
+def test_copies_for_larger_images_have_their_positions_resized(published: Any, imported: Path) -> None:
+    """As torch does it, and as the parameters' own are."""
+    extra = published[2]
+    larger = override(CONFIG, {"model.image.image_size": 24})
+    ours, own = start(larger, 1)
+    init, config = InitFrom(path=str(imported), extra=True), {"objective": to_dict(larger)}
+    new, copies = warm_start(ours, init, config), warm_extra(own, init, config)["averaged"]
+    table = np.asarray(extra["averaged"]["image"]["pos_embed"])
+    grid = torch.from_numpy(table[1:].reshape(1, 2, 2, -1).copy()).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, size=(3, 3), mode="bicubic", align_corners=False)
+    expected = np.concatenate([table[:1], resized.permute(0, 2, 3, 1).reshape(9, -1).numpy()])
+    np.testing.assert_allclose(copies["image"]["pos_embed"], expected, atol=1e-6)
+    np.testing.assert_allclose(copies["image"]["pos_embed"], 1.5 * new["image"]["pos_embed"], atol=1e-6)
+    tiny.assert_trees_equal(copies["fusion"], extra["averaged"]["fusion"])
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:

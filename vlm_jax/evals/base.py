@@ -21,7 +21,7 @@ Vectors = Literal["pooled", "embedding", "cls", "mean"]
 token, or the mean of the patches."""
 
 
-Offer = Literal["image_tokens", "reconstruct", "held_out_loss", "answer"]
+Offer = Literal["image_tokens", "reconstruct", "held_out_loss", "match_pairs", "answer"]
 """What not every model gives."""
 
 
@@ -116,6 +116,21 @@ class Encoder(Protocol):
 
     def prompt_scores(self, params: Any, images_BxHxWx3: jax.Array, tokens_PxL: np.ndarray) -> jax.Array:
         """Images as above and int32 tokens [P, L], the same on every process -> [B, P]; higher = a better match."""
+        ...
+
+    def match_images(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
+        """Images as above -> what `match_pairs` takes of them, whole on every device, in the compute dtype."""
+        ...
+
+    def match_texts(self, params: Any, tokens_BxL: jax.Array) -> dict[str, jax.Array]:
+        """int32 tokens [B, L], sharded over the batch axes -> what `match_pairs` takes of them, each [B, ...]."""
+        ...
+
+    def match_pairs(
+        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array
+    ) -> jax.Array:
+        """int32 [P, 2], (row of the images, row of the texts), sharded over the batch axes -> [P, 2], scores of "they
+        don't belong together" and "they do"."""
         ...
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:

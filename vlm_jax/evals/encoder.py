@@ -62,6 +62,8 @@ class MeshEncoder:
         self._text = jax.jit(objective.text_features)
         self._scores = jax.jit(objective.prompt_scores)
         self._answer = jax.jit(objective.answer, static_argnums=2)
+        self._match_images = jax.jit(objective.match_images, out_shardings=replicated(mesh))
+        self._match_texts, self._match_pairs = jax.jit(objective.match_texts), jax.jit(objective.match_pairs)
 
     @property
     def reads_text(self) -> bool:
@@ -154,6 +156,23 @@ class MeshEncoder:
         """uint8 [B, H, W, 3] and int32 [P, L] -> [B, P]."""
         with jax.set_mesh(self._mesh):
             return self._scores(params, images_BxHxWx3, tokens_PxL)
+
+    def match_images(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
+        """uint8 [B, H, W, 3] -> [B, S, C], whole on every device."""
+        with jax.set_mesh(self._mesh):
+            return self._match_images(params, images_BxHxWx3)
+
+    def match_texts(self, params: Any, tokens_BxL: jax.Array) -> dict[str, jax.Array]:
+        """int32 [B, L] -> [B, ...] each."""
+        with jax.set_mesh(self._mesh):
+            return self._match_texts(params, tokens_BxL)
+
+    def match_pairs(
+        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array
+    ) -> jax.Array:
+        """int32 [P, 2] -> [P, 2]."""
+        with jax.set_mesh(self._mesh):
+            return self._match_pairs(params, images_BxSxC, texts, pairs_Px2)
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> int32 [n, L]; raises `ConfigError` for a model without a tokenizer."""

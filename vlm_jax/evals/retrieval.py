@@ -1,6 +1,7 @@
 """Image-text retrieval both ways, with any number of captions an image.
 
-For models that embed images and texts into one space. The picture of best and worst cases is drawn by `pictures`.
+For models that embed images and texts into one space; what is nearest there may be put in order anew by a model of
+pairs (`rerank`). The picture of best and worst cases is drawn by `pictures`.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from vlm_jax.evals import pictures
 from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, EvalResult
 from vlm_jax.evals.benchmark_json import BenchmarkEntry
 from vlm_jax.evals.features import encode_images, encode_texts, padded_batches, to_host
+from vlm_jax.evals.rerank import Embedded, Matcher, rerank
 from vlm_jax.schema import ConfigError
 
 RECALL_AT = (1, 5, 10)
@@ -29,6 +31,10 @@ class RetrievalConfig(EvalConfig):
     Metrics, under `retrieval/<name>/`, for `image_to_text` and `text_to_image`: `..._r1`, `_r5`, `_r10` (share of
     queries with a right answer among the first k), `_median_rank` and `_mean_rank` (1 = first); and `images`, `texts`,
     how many there were. Under the same prefix the picture `best_and_worst`.
+
+    With `rerank` also `..._r1_reranked` and so on, beside those of the first stage; `matching_accuracy`, the mean of
+    `matching_accuracy_own` (captions with their images) and `matching_accuracy_hard` (every caption with the nearest
+    image that isn't its own, and every image with the nearest wrong caption).
     """
 
     # Only the first this many captions of an image (5 is usual for COCO and Flickr30k); 0 = all.
@@ -36,6 +42,9 @@ class RetrievalConfig(EvalConfig):
     # Images with the same captions answer each other's queries: for data in which a caption names a class (digits).
     # The published protocols of COCO and Flickr30k don't.
     shared_captions: bool = False
+    # Of the nearest ones of a query, how many are put in order anew by the model that looks at image and text together
+    # (ALBEF, appendix: 128 of Flickr30k, 256 of COCO); 0 = none.
+    rerank: int = 0
     # Queries in the picture's best half, and as many in its worst half; 0 = no picture.
     pictured: int = 4
 
@@ -45,6 +54,8 @@ class RetrievalConfig(EvalConfig):
         for key, value in (("captions_per_image", self.captions_per_image), ("pictured", self.pictured)):
             if value < 0:
                 yield key, f"= {value} can't be negative"
+        if self.rerank and self.rerank <= max(RECALL_AT):
+            yield "rerank", f"= {self.rerank} must exceed {max(RECALL_AT)}, of which recall is measured; 0 is none"
 
     def build(self, encoder: Encoder, cache_dir: str) -> "RetrievalEvaluator":
         """Opens the source.
@@ -57,6 +68,11 @@ class RetrievalConfig(EvalConfig):
             raise ConfigError(
                 f"Evaluation {self.name!r} (retrieval) ranks by the cosine of features, and this model has no joint "
                 "space of images and texts; use zero_shot."
+            )
+        if self.rerank and not encoder.offers("match_pairs"):
+            raise ConfigError(
+                f"Evaluation {self.name!r} (retrieval): rerank = {self.rerank} needs a model that tells whether an "
+                "image and a text belong together (albef), and this one doesn't; set rerank = 0."
             )
         return RetrievalEvaluator(self, encoder, self.open_source(cache_dir))
 
@@ -78,16 +94,26 @@ class RetrievalEvaluator:
         images_NxE, index_N = encode_images(self._encoder, params, _Readable(self._source), self._config.name)
         captions, owner_M = self._captions(index_N)
         group_N = _caption_groups(captions, owner_M) if self._config.shared_captions else np.arange(len(index_N))
-        texts_MxE = np.concatenate(list(encode_texts(self._encoder, params, self._encoder.tokenize(captions))))
-        embedded = _Embedded(images_NxE, index_N, texts_MxE, captions, owner_M, group_N)
-        owner_ids_M = group_N[owner_M]
-        image_ranks_N = positive_ranks(self._encoder, images_NxE, group_N, texts_MxE, owner_ids_M)
-        text_ranks_M = positive_ranks(self._encoder, texts_MxE, owner_ids_M, images_NxE, group_N)
+        tokens_MxL = self._encoder.tokenize(captions)
+        texts_MxE = np.concatenate(list(encode_texts(self._encoder, params, tokens_MxL)))
+        embedded = Embedded(images_NxE, index_N, texts_MxE, captions, owner_M, group_N)
+        image_ranks_N = positive_ranks(self._encoder, images_NxE, group_N, texts_MxE, embedded.owner_ids_M)
+        text_ranks_M = positive_ranks(self._encoder, texts_MxE, embedded.owner_ids_M, images_NxE, group_N)
         prefix = f"retrieval/{self._config.name}/"
-        ranks = {"image_to_text": image_ranks_N, "text_to_image": text_ranks_M}
-        metrics = {f"{prefix}{way}_{key}": value for way, r in ranks.items() for key, value in recall(r).items()}
+        stages, matching = {"": (image_ranks_N, text_ranks_M)}, {}
+        if self._config.rerank:
+            matcher = Matcher(self._encoder, params, _Readable(self._source), tokens_MxL, self._config.name)
+            stages["_reranked"], matching = rerank(matcher, embedded, stages[""], self._config.rerank)
+        found = {stage: [recall(ranks) for ranks in ways] for stage, ways in stages.items()}
+        metrics = {
+            f"{prefix}{way}_{key}{stage}": found[stage][place][key]
+            for place, way in enumerate(("image_to_text", "text_to_image"))
+            for key in found[""][place]
+            for stage in stages
+        }
+        metrics |= {f"{prefix}{key}": value for key, value in matching.items()}
         metrics |= {f"{prefix}images": float(len(images_NxE)), f"{prefix}texts": float(len(texts_MxE))}
-        named = {"text_retrieval": image_ranks_N, "image_retrieval": text_ranks_M}
+        named = dict(zip(("text_retrieval", "image_retrieval"), list(stages.values())[-1], strict=True))
         recalls = {f"{way}_recall@{k}": float(np.mean(r < k)) for way, r in named.items() for k in RECALL_AT}
         drawn = {}
         if self._config.pictured and jax.process_index() == 0:
@@ -112,7 +138,7 @@ class RetrievalEvaluator:
             owner.extend([row] * len(texts))
         return captions, np.asarray(owner, np.int32)
 
-    def _picture(self, embedded: "_Embedded", text_ranks_M: np.ndarray, step: int) -> np.ndarray:
+    def _picture(self, embedded: Embedded, text_ranks_M: np.ndarray, step: int) -> np.ndarray:
         own_scores_M = np.sum(embedded.images_NxE[embedded.owner_M] * embedded.texts_MxE, axis=-1)
         best, worst = best_and_worst(text_ranks_M, own_scores_M, embedded.owner_M, self._config.pictured)
         title = f"{self._config.name}: text to image at step {step:,}, {len(embedded.index_N):,} images"
@@ -121,7 +147,7 @@ class RetrievalEvaluator:
         )
         return pictures.retrieval_picture(best_rows, worst_rows, title)
 
-    def _query(self, embedded: "_Embedded", text: int, rank: int) -> pictures.Query:
+    def _query(self, embedded: Embedded, text: int, rank: int) -> pictures.Query:
         """One row of the picture: the images nearest to a caption, and its own image."""
         scores_N = embedded.images_NxE @ embedded.texts_MxE[text]
         own = int(embedded.owner_M[text])
@@ -150,21 +176,6 @@ class _Readable:
         if "no_caption" in record:
             raise BadRecord(record["where"], record["key"], record["no_caption"])
         return record
-
-
-@dataclasses.dataclass(frozen=True)
-class _Embedded:
-    """N images and M captions of a source; `index_N` are the images' records, `owner_M` the captions' image rows.
-
-    Images of one `group_N` are right answers to each other's captions; without shared captions each is its own group.
-    """
-
-    images_NxE: np.ndarray  # noqa: N815
-    index_N: np.ndarray  # noqa: N815
-    texts_MxE: np.ndarray  # noqa: N815
-    captions: list[str]
-    owner_M: np.ndarray  # noqa: N815
-    group_N: np.ndarray  # noqa: N815
 
 
 def _caption_groups(captions: list[str], owner_M: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from vlm_jax.losses.momentum_contrast import (
     same_identity,
 )
 from vlm_jax.losses.tokens import correct_tokens, token_cross_entropy
-from vlm_jax.mesh import unbox
+from vlm_jax.mesh import constrain, unbox
 from vlm_jax.models.albef import MATCHED, Albef, AlbefModelConfig
 from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.models.projection import unit_length
@@ -384,16 +384,39 @@ class AlbefObjective(ImageTextObjective):
         """See the base."""
         return self._apply_images(params, images, "image_vectors", which)
 
+    def match_images(self, params: Any, images: jax.Array) -> jax.Array:
+        """See the base: the tokens of the image tower."""
+        return self._apply_images(params, images, "image_states")["tokens"]
+
+    def match_texts(self, params: Any, texts: jax.Array) -> dict[str, jax.Array]:
+        """See the base: "states" of the text encoder and which tokens are "valid"."""
+        return {
+            "states": self._call(params, "text_states", texts)["tokens"],
+            "valid": self._call(params, "valid", texts),
+        }
+
+    def match_pairs(
+        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array
+    ) -> jax.Array:
+        """See the base: logits of the head on the fused class token, "yes" at `MATCHED`."""
+        image_P, text_P = pairs_Px2[:, 0], pairs_Px2[:, 1]
+        tokens, states = (
+            constrain(jnp.take(x, rows_P, axis=0), "batch", "length", "embed")
+            for x, rows_P in ((images_BxSxC, image_P), (texts["states"], text_P))
+        )
+        fused = self._call(params, "fuse", states, jnp.take(texts["valid"], text_P, axis=0), tokens)
+        return self._call(params, "match", fused)
+
     def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
         """log p(they belong together), fp32 [B, P], by the fusion encoder; one text after the other, as `Caption`."""
-        tokens, rows = self._apply_images(params, images, "image_states")["tokens"], images.shape[0]
-        states, valid = self._call(params, "text_states", texts)["tokens"], self._call(params, "valid", texts)
+        tokens, rows = self.match_images(params, images), images.shape[0]
+        found = self.match_texts(params, texts)
 
         def score(text: tuple[jax.Array, jax.Array]) -> jax.Array:
             fused = self._call(params, "fuse", *(jnp.broadcast_to(x, (rows, *x.shape)) for x in text), tokens)
             return jax.nn.log_softmax(self._call(params, "match", fused), axis=-1)[:, MATCHED]
 
-        return jax.lax.map(score, (states, valid)).T
+        return jax.lax.map(score, (found["states"], found["valid"])).T
 
 
 __all__ = ["AlbefConfig", "AlbefObjective"]

@@ -252,6 +252,20 @@ class ModelObjective(Objective):
         """
         raise TypeError(f"{type(self).__name__} answers no questions")
 
+    def match_images(self, params: Any, images: jax.Array) -> jax.Array:
+        """uint8 or normalised float [B, H, W, 3] -> what `match_pairs` takes of images, [B, S, C]."""
+        raise TypeError(f"{type(self).__name__} tells of no pair whether it belongs together")
+
+    def match_texts(self, params: Any, texts: jax.Array) -> dict[str, jax.Array]:
+        """int32 [B, L] -> what `match_pairs` takes of texts, each [B, ...]."""
+        raise TypeError(f"{type(self).__name__} tells of no pair whether it belongs together")
+
+    def match_pairs(
+        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array
+    ) -> jax.Array:
+        """int32 [P, 2], pairs of (row of the images, row of the texts) -> fp32 [P, 2]: scores of "no" and "yes"."""
+        raise TypeError(f"{type(self).__name__} tells of no pair whether it belongs together")
+
     def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] and int32 texts [P, L] -> fp32 [B, P]; the higher, the better they match."""
         raise TypeError(f"{type(self).__name__} compares images and texts by their features")

@@ -10,6 +10,7 @@ from vlm_jax.data.sources.class_folders import ClassFoldersConfig, class_folders
 from vlm_jax.data.sources.digits import DigitsConfig
 from vlm_jax.data.sources.json_lists import JsonListsConfig
 from vlm_jax.data.sources.llava_json import LlavaJsonConfig
+from vlm_jax.data.sources.mismatched import MismatchedConfig
 from vlm_jax.data.sources.mixture import MixtureConfig, MixturePart
 from vlm_jax.data.sources.parquet import ParquetConfig
 from vlm_jax.data.sources.shapes import ShapesConfig
@@ -35,6 +36,7 @@ KINDS: dict[str, type[Any]] = {
     "text": TextFilesConfig,
     "mixture": MixtureConfig,
     "subset": SubsetConfig,
+    "mismatched": MismatchedConfig,
 }
 
 
@@ -136,6 +138,7 @@ __all__ = [
     "JsonListsConfig",
     "JsonlConfig",
     "LlavaJsonConfig",
+    "MismatchedConfig",
     "MixtureConfig",
     "MixturePart",
     "ParquetConfig",
