@@ -15,6 +15,7 @@ from vlm_jax.config import Config, TrainConfig, variant
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import ShapesConfig, TextFilesConfig
 from vlm_jax.data.text import WordPieceConfig
+from vlm_jax.evals.held_out_loss import HeldOutLossConfig
 from vlm_jax.losses.masked_words import WordMaskConfig
 from vlm_jax.mesh import MeshConfig
 from vlm_jax.models.bert import TextEncoderConfig
@@ -45,6 +46,7 @@ SMOKE = {
     "train.steps": 6,
     "train.log_every": 2,
     "checkpoint.every": 3,
+    "evals": (HeldOutLossConfig("shapes", ShapesConfig(image_size=16, split="test", count=64)),),
 }
 
 
