@@ -197,9 +197,8 @@ def make_train_step(
         state_shardings: of the new state; None leaves them to the compiler.
 
     Returns:
-        A function under jit whose metrics are (sum, count): the objective's, and `loss`, `gradient_norm`, where several
-        parts learn `gradient_norm/PART` of each,
-        `learning_rate`, `nonfinite_steps`, `nonfinite_in_a_row`.
+        A function under jit whose metrics are (sum, count): the objective's, and `loss`, `gradient_norm` (of each part
+        too where several learn), `learning_rate`, `nonfinite_steps`, `nonfinite_in_a_row`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Ratio]]:
@@ -227,7 +226,7 @@ def make_train_step(
             # a batch in which nothing counts has loss 0 in the log too, as it has for the update
             "loss": (loss_sum, _at_least_one(count)),
             "gradient_norm": (norm, one),
-            **{f"gradient_norm/{part}": (part_norm, one) for part, part_norm in _part_norms(gradients, parts).items()},
+            **_part_norms(gradients, parts),
             "learning_rate": (optimizer.learning_rate(state.step), one),
             "nonfinite_steps": (new_state.nonfinite["total"].astype(jnp.float32), one),
             "nonfinite_in_a_row": (new_state.nonfinite["in_a_row"].astype(jnp.float32), one),
@@ -371,12 +370,14 @@ def _at_least_one(count: jax.Array) -> jax.Array:
     return jnp.where(count == 0, 1.0, count)
 
 
-def _part_norms(gradients: PyTree, parts: Parts) -> dict[str, jax.Array]:
-    """Norm of the gradients of each part that learns; nothing where only one does."""
+def _part_norms(gradients: PyTree, parts: Parts) -> dict[str, Ratio]:
+    """`gradient_norm/PART` of each part that learns; nothing where only one does."""
     leaves: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
         leaves.setdefault(parts.part_of[tree_path(path)].name, []).append(leaf)
-    return {name: _global_norm(group) for name, group in leaves.items()} if len(leaves) > 1 else {}
+    if len(leaves) == 1:
+        return {}
+    return {f"gradient_norm/{name}": (_global_norm(group), jnp.ones(())) for name, group in leaves.items()}
 
 
 def _global_norm(tree: PyTree) -> jax.Array:

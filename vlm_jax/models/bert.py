@@ -19,7 +19,7 @@ from vlm_jax.flops import cross_attention_flops, transformer_flops
 from vlm_jax.mesh import constrain
 from vlm_jax.models.initializers import INITIALIZERS, Initializers
 from vlm_jax.models.linear import Linear
-from vlm_jax.models.mlp import ACTIVATIONS, MLP, ActivationName
+from vlm_jax.models.mlp import ACTIVATIONS, ActivationName
 from vlm_jax.models.norms import LayerNorm
 from vlm_jax.models.stochastic import dropout, fold_in
 from vlm_jax.models.transformer import Block, TransformerConfig, run_blocks
@@ -119,8 +119,7 @@ class PostNormBlock(Block):
             )
             x_BxTxD = self._norm("ln_cross", self._add(x_BxTxD, branch, "layer_scale_cross", rate, fold_in(keys, 2)))
         x_BxTxD = checkpoint_name(x_BxTxD, "middle")
-        mlp = MLP(config.mlp_dim, config.activation, init, config.mlp_bias, config.gated, dtype=self.dtype, name="mlp")
-        x_BxTxD = self._add(x_BxTxD, mlp(x_BxTxD), "layer_scale_2", rate, fold_in(keys, 1))
+        x_BxTxD = self._add(x_BxTxD, self._mlp(init)(x_BxTxD), "layer_scale_2", rate, fold_in(keys, 1))
         x_BxTxD = self._norm("ln_2", x_BxTxD)
         return x_BxTxD, x_BxTxD if self.keep_output else None
 

@@ -133,10 +133,14 @@ class ResidualBlock(nn.Module):
         return checkpoint_name(self._add(x, branch, "layer_scale_1", rate, fold_in(keys, 0)), "middle")
 
     def _add_mlp(self, x: jax.Array, init: Initializers, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
-        config = self.config
-        if not config.mlp_dim:
+        if not self.config.mlp_dim:
             return x
-        mlp = MLP(
+        mlp = self._mlp(init)
+        return self._add(x, mlp(self._norm("ln_2", x)), "layer_scale_2", rate, fold_in(keys, 1))
+
+    def _mlp(self, init: Initializers) -> MLP:
+        config = self.config
+        return MLP(
             config.mlp_dim,
             config.activation,
             init,
@@ -145,7 +149,6 @@ class ResidualBlock(nn.Module):
             dtype=self.dtype,
             name="mlp",
         )
-        return self._add(x, mlp(self._norm("ln_2", x)), "layer_scale_2", rate, fold_in(keys, 1))
 
     def _add(self, x: jax.Array, branch: jax.Array, scale: str, rate: jax.Array, keys: jax.Array | None) -> jax.Array:
         config = self.config
