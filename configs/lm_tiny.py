@@ -4,7 +4,7 @@ Captions are a small language of known entropy: number, places, sizes, colours a
 rest is grammar. That is 13.5 nats a caption for the 500 held out; after 300 steps, two minutes on a CPU of two cores,
 the model gives them 13.7 (`python -m vlm_jax.main --config=configs/lm_tiny.py`: 0.375 nats a token).
 
-`:shapes` is a model of 0.9 million on captions and questions, whose vocabulary has their words: that of the small
+`:shapes` is a model of 0.8 million on captions and scenes told in words, with questions and answers: that of the small
 chain in vlm_shapes_stage1.py.
 """
 
@@ -25,18 +25,20 @@ from vlm_jax.schedule import Cosine
 
 LENGTH, WORDS = 128, 320
 
-QUESTIONS = ("color", "shape", "count", "position")
 DECODER = dataclasses.replace(DECODERS["tiny"], width=128, depth=4, mlp_dim=352, vocab_size=512)
 SHAPES = {
     "objective.model.decoder": DECODER,
     "data.source": MixtureConfig(
         sources=(
             MixturePart("captions", ShapesConfig(count=10_000)),
-            MixturePart("questions", ShapesConfig(count=10_000, conversations=QUESTIONS)),
+            MixturePart(
+                "questions", ShapesConfig(count=30_000, seed=3, conversations=("described",), max_rounds=4), 3.0
+            ),
         )
     ),
     "data.tokenizer": SentencePieceConfig(length=LENGTH, vocab_size=512, sticky_eos=False),
-    "optimizer.learning_rate": 2e-3,
+    "optimizer.learning_rate": 3e-3,
+    "train.steps": 800,
 }
 
 SMOKE = {
@@ -68,4 +70,5 @@ def get_config(name: str = "") -> Config:
         checkpoint=CheckpointConfig(every=100),
         evals=(HeldOutLossConfig("held_out", ShapesConfig(split="test", count=500)),),
     )
-    return variant(config, name, {"smoke": SMOKE, "shapes": SHAPES})
+    small = {key: value for key, value in SMOKE.items() if key != "data.source.count"}
+    return variant(config, name, {"smoke": SMOKE, "shapes": SHAPES, "shapes_smoke": SHAPES | small})

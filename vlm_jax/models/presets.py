@@ -286,7 +286,9 @@ DECODERS: dict[str, DecoderConfig] = {
     "Qwen2-1.5B": qwen2(1536, 28, 12, 2, 8960),
     "Qwen2-7B": qwen2(3584, 28, 28, 4, 18_944, large=True),
     "Gemma-2B": gemma(2048, 18, 8, 1, 16_384),
-    "tiny": DecoderConfig(width=64, depth=2, heads=4, kv_heads=2, mlp_dim=176, vocab_size=512, max_length=512),
+    "tiny": DecoderConfig(
+        width=64, depth=2, heads=4, kv_heads=2, mlp_dim=176, vocab_size=512, max_length=512, init="smollm"
+    ),
 }
 DECODERS |= {name.replace("Qwen2", "Qwen2.5"): sizes for name, sizes in DECODERS.items() if name.startswith("Qwen2")}
 PRESETS: dict[str, TwoTowerConfig] = CLIP | OPEN_CLIP | SIGLIP | SIGLIP2

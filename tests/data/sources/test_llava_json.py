@@ -34,7 +34,7 @@ def test_a_list_is_read_record_by_record(tmp_path, options):
     assert [image.load() for image in first["images"]] == [b"bytes"]
     assert second["images"] == () and second["turns"][1].text == "no\u2028."
     assert [image.name for image in third["images"]] == ["a.jpg", "b.jpg"]
-    assert source.texts(2) == ("<image><image>", "two")
+    assert source.texts(2) == ("<image><image>\ntwo",)
     with pytest.raises(IndexError):
         source[3]
 

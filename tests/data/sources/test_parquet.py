@@ -43,7 +43,7 @@ def test_rows_of_several_files_and_groups_in_any_order(tmp_path):
             n + k for k in range(n % 3 if n < 10 else 1)
         ]
         assert all(image.size() == (6, 9) for image in record["images"])
-        assert source.texts(n) == tuple(turn.text for turn in record["turns"])
+        assert source.texts(n) == ("\n".join(turn.text for turn in record["turns"]),)
     assert source[11]["key"] == "row 1 of group 0" and source[11]["where"].endswith("b.parquet")
 
 

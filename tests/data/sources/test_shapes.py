@@ -1,5 +1,6 @@
 import collections
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -157,9 +158,21 @@ def test_answers_are_what_the_pictures_show():
         kind, question, answer = record["kind"], record["turns"][0].text, record["answer"]
         asked[kind] += 1
         pictures = [what_is_there(image.load()) for image in record["images"]]
-        assert question.count("<image>") == len(pictures) == {"text": 0, "more": 2, "compare": 2}.get(kind, 1)
+        images = {"text": 0, "described": 0, "more": 2, "compare": 2}.get(kind, 1)
+        assert question.count("<image>") == len(pictures) == images
         place = question.rpartition(" in the ")[2].rstrip("?")
-        if kind == "color":
+        if kind == "described":
+            described, question = question.split("\n")
+            things = re.findall(r"(\w+) (\w+) in the (centre|\w+ \w+)", described)
+            assert described.startswith("There is a ") and len(things) in (1, 2, 3)
+            by_question = {
+                "How many objects are there?": NUMBERS[len(things)],
+                **{f"What colour is the object in the {at}?": color for color, _, at in things},
+                **{f"What shape is the object in the {at}?": shape for _, shape, at in things},
+                **{f"Where is the {color} {shape}?": at for color, shape, at in things},
+            }
+            assert by_question[question] == answer
+        elif kind == "color":
             assert pictures[0][place] == answer
         elif kind == "compare":
             assert pictures["In the second picture" in question][place] == answer

@@ -298,7 +298,7 @@ def test_conversations_with_no_image_one_and_several(tmp_path):
         assert [[image.load() for image in source[i]["images"]] for i in range(3)] == [
             [], [png(1)], [png(21), png(22), png(30)],
         ]  # fmt: skip
-        assert source.texts(1) == ("<image> one", "a")
+        assert source.texts(1) == ("<image> one\na",)
         for index, why in ((3, "it has no json with a conversation"), (4, "its json is a list")):
             with pytest.raises(BadRecord, match=why):
                 source[index]

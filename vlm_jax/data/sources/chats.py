@@ -185,8 +185,9 @@ def images_of(value: Any, root: str, where: str, key: str) -> tuple[StoredImage,
 
 
 def message_texts(turns: Sequence[Turn]) -> tuple[str, ...]:
-    """The messages that hold something to read, for what needs texts alone (training a tokenizer)."""
-    return tuple(turn.text for turn in turns if turn.text.strip())
+    """All messages as one text, each on lines of its own, for what reads texts alone: tokenizers, language models."""
+    text = "\n".join(turn.text for turn in turns if turn.text.strip())
+    return (text,) if text else ()
 
 
 def conversation_of(record: Record, placeholder: str) -> Record:

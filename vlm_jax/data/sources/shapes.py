@@ -170,8 +170,9 @@ class ShapesSource:
             return shapes_chat.more(rng, config.min_objects, config.max_objects, _random_scene)
         if kind == "compare":
             return shapes_chat.compare(rng, config.min_objects, config.max_objects, _random_scene)
-        kinds: list[Kind] = [kind, *(other for other in shapes_chat.ABOUT_ONE if other != kind)]
-        return shapes_chat.questions(rng, scene, kinds, config.max_rounds)
+        if kind == "described":
+            return shapes_chat.described(rng, scene, _captions(scene)[0], config.max_rounds)
+        return shapes_chat.questions(rng, scene, kind, config.max_rounds)
 
     def _draw_other(self, scene: Scene, index: int, number: int) -> np.ndarray:
         return _draw(scene, self.config.image_size, 1.0, self._rng(index, 2 + number))

@@ -1,5 +1,8 @@
 """Conversations about drawn scenes: captions, questions with one right answer, two scenes compared, and text alone.
 
+A scene that is `described` is told in words, and asked about without an image: what a language model can learn before
+it sees.
+
 Every answer to a first question is one of a few words, all of them equally likely whatever the question says: without
 the image no rule does better than chance, which is 1 in 8 for colours, 6 for shapes, 9 for places, 3 for "more", and
 1 in as many as there are counts. (A question further on in a conversation may be helped by those before it.)
@@ -12,13 +15,14 @@ import numpy as np
 
 from vlm_jax.data.sources.chats import Turn
 
-Kind = Literal["caption", "color", "shape", "count", "position", "more", "compare", "text"]
+Kind = Literal["caption", "color", "shape", "count", "position", "more", "compare", "described", "text"]
 Scene = list[dict[str, str]]
 RandomScene = Callable[[np.random.Generator, int], Scene]
 
-KINDS: tuple[Kind, ...] = ("caption", "color", "shape", "count", "position", "more", "compare", "text")
+KINDS: tuple[Kind, ...] = ("caption", "color", "shape", "count", "position", "more", "compare", "described", "text")
 """All kinds: a caption; a question on the colour or shape at a place, on the number of objects, on the place of an
-object; which of two scenes has more objects; the colour at a place in one of two scenes; sums, without image."""
+object; which of two scenes has more objects; the colour at a place in one of two scenes; such questions about a scene
+that is told in words, and sums, without image."""
 ABOUT_ONE: tuple[Kind, ...] = ("color", "shape", "count", "position")
 """Questions about one scene."""
 QUESTIONS: tuple[Kind, ...] = (*ABOUT_ONE, "more", "compare")
@@ -40,8 +44,8 @@ class Conversation(NamedTuple):
     """Scenes that take its place."""
 
 
-def _rounds(pairs: Sequence[tuple[str, str]], images: int) -> tuple[Turn, ...]:
-    front = f"{_PLACEHOLDER}\n" * images
+def _rounds(pairs: Sequence[tuple[str, str]], images: int, front: str = "") -> tuple[Turn, ...]:
+    front = f"{_PLACEHOLDER}\n" * images + front
     turns: list[Turn] = []
     for number, (question, answer) in enumerate(pairs):
         turns += [Turn("user", question if number else front + question), Turn("assistant", answer)]
@@ -54,12 +58,22 @@ def caption(text: str, rng: np.random.Generator) -> Conversation:
     return Conversation(_rounds([(request, text)], 1), "caption", True)
 
 
-def questions(rng: np.random.Generator, scene: Scene, kinds: Sequence[Kind], max_rounds: int) -> Conversation:
-    """From 1 to `max_rounds` questions about a scene, the last of them of the first kind, each kind once."""
-    others = [kinds[1:][i] for i in rng.permutation(len(kinds) - 1)]
-    count = min(int(rng.integers(1, max_rounds + 1)), len(kinds))
-    asked = [*others[: count - 1], kinds[0]]
-    return Conversation(_rounds([_question(rng, scene, kind) for kind in asked], 1), kinds[0], True)
+def questions(rng: np.random.Generator, scene: Scene, kind: Kind, max_rounds: int) -> Conversation:
+    """From 1 to `max_rounds` questions about a scene, the last of them of `kind`, no kind twice."""
+    return Conversation(_rounds(_asked(rng, scene, kind, max_rounds), 1), kind, True)
+
+
+def described(rng: np.random.Generator, scene: Scene, text: str, max_rounds: int) -> Conversation:
+    """As `questions`, the last of any kind, about a scene that is told in words."""
+    kind = ABOUT_ONE[int(rng.integers(len(ABOUT_ONE)))]
+    return Conversation(_rounds(_asked(rng, scene, kind, max_rounds), 0, f"There is {text}.\n"), "described", False)
+
+
+def _asked(rng: np.random.Generator, scene: Scene, last: Kind, max_rounds: int) -> list[tuple[str, str]]:
+    others = [kind for kind in ABOUT_ONE if kind != last]
+    count = min(int(rng.integers(1, max_rounds + 1)), len(ABOUT_ONE))
+    kinds = [*(others[i] for i in rng.permutation(len(others))[: count - 1]), last]
+    return [_question(rng, scene, kind) for kind in kinds]
 
 
 def _question(rng: np.random.Generator, scene: Scene, kind: Kind) -> tuple[str, str]:
