@@ -1,6 +1,8 @@
 """LLaVA and PaliGemma of transformers with random weights beside ours: logits, loss, greedy ids, files both ways."""
 
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
     GemmaConfig,
@@ -23,6 +25,7 @@ from transformers import (
 from vision_language_rows import empty_rows
 
 from vlm_jax.data.images import PreprocessConfig
+from vlm_jax.interop.adapters import export_part, import_part
 from vlm_jax.interop.commands import export_weights, import_weights
 from vlm_jax.interop.registry import recognise
 from vlm_jax.interop.tables import to_params
@@ -33,6 +36,9 @@ IMAGE, WORDS, PROMPT = 95, 96, 4
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = SIZES | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
 TEXT = SIZES | {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+# Modules of a block: (rows, columns) of their matrices.
+ADAPTED = dict.fromkeys([f"self_attn.{name}_proj" for name in "qkvo"], (32, 32)) | {"mlp.down_proj": (32, 48)}
 
 
 def llava() -> Any:
@@ -137,3 +143,52 @@ def test_files_both_ways(peer: Peer, tmp_path: Path) -> None:
     chat = load(tmp_path / "ours").config.data.chat
     assert chat is not None
     assert (chat.template == "paligemma") == peer.vlm.config.prefix
+
+
+def test_an_adapters_files_mean_what_they_mean_to_peft(tmp_path: Path) -> None:
+    """transformers' model with alpha / rank times B A, of the files that we write, added to the modules they name."""
+    torch.manual_seed(1)
+    model, rng = llava().eval(), np.random.default_rng(0)
+    model.save_pretrained(tmp_path / "theirs")
+    import_weights(tmp_path / "theirs", tmp_path / "base", preprocess="clip")
+    small = {}
+    for layer, (name, (rows_, columns)) in itertools.product(range(2), ADAPTED.items()):
+        module = f"base_model.model.model.layers.{layer}.{name}"
+        small[f"{module}.lora_A.weight"] = 0.3 * rng.normal(size=(3, columns)).astype(np.float32)
+        small[f"{module}.lora_B.weight"] = 0.3 * rng.normal(size=(rows_, 3)).astype(np.float32)
+    (tmp_path / "adapter").mkdir()
+    save_file(small, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 5}))
+    projector = {
+        f"model.mm_projector.{2 * layer}.{name}": torch.randn_like(x)
+        for layer in range(2)
+        for name, x in model.model.multi_modal_projector.get_submodule(f"linear_{layer + 1}").named_parameters()
+    }
+    torch.save(projector, tmp_path / "mm_projector.bin")  # as a first stage of LLaVA leaves it
+    import_part(tmp_path / "mm_projector.bin", tmp_path / "projected", tmp_path / "base")
+    import_part(tmp_path / "adapter", tmp_path / "ours", tmp_path / "projected")
+    export_part(tmp_path / "ours", tmp_path / "out", part="adapter", family="hf")
+
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    modules = {name.rpartition(".lora_")[0] for name in written if ".lora_" in name}
+    assert len(modules) == 2 * len(ADAPTED)
+    assert {re.sub(r"^base_model\.model\.", "", name) for name in modules} == {
+        name for name, _ in model.named_modules() if re.fullmatch(settings["target_modules"], name)
+    }
+    batch, theirs = rows(learned=5)
+    with torch.no_grad():
+        plain = model(**theirs).logits
+        for name in modules:
+            a, b = (torch.tensor(written[f"{name}.lora_{x}.weight"]) for x in "AB")
+            weight = model.get_submodule(name.removeprefix("base_model.model.")).weight
+            weight += settings["lora_alpha"] / settings["r"] * b @ a
+        saved = {name: x for name, x in written.items() if name.startswith("base_model.model.model.multi_modal_")}
+        for name, x in saved.items():
+            model.get_parameter(name.removeprefix("base_model.model.")).copy_(torch.tensor(x))
+        assert {x.tobytes() for x in saved.values()} == {x.numpy().tobytes() for x in projector.values()}
+        want = model(**theirs).logits.numpy()
+    both = load(tmp_path / "ours")
+    found = jax.jit(both.config.objective.build(PreprocessConfig(), jnp.float32).outputs)(both.params, batch)["logits"]
+    np.testing.assert_allclose(found, want, atol=1e-4)
+    assert np.abs(want - plain.numpy()).max() > 0.01

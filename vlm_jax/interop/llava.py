@@ -38,7 +38,7 @@ TO_HUB = (
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
-_TO_LIVE = (
+TO_LIVE = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^vision_tower\.vision_model\.", "model.vision_tower."),
@@ -62,9 +62,11 @@ class LlavaFormat(VisionLanguageFormat):
     def rows(self, config: VisionLanguageConfig) -> list[Row]:
         """See the base."""
         rows = vision_rows(config.image, _VISION) + decoder_rows(config.decoder, _LANGUAGE)
-        for layer in (1, 2):
-            rows += _linear(config, layer, f"{_PROJECTOR}.linear_{layer}")
-        return rows
+        return rows + self.projector_rows(config)
+
+    def projector_rows(self, config: VisionLanguageConfig) -> list[Row]:
+        """Those under `projector/` alone."""
+        return [row for layer in (1, 2) for row in _linear(config, layer, f"{_PROJECTOR}.linear_{layer}")]
 
     def constants(self, config: VisionLanguageConfig) -> dict[str, np.ndarray]:
         """A row of zeros for the token that stands for an image, where the vocabulary has none."""
@@ -161,7 +163,7 @@ class HfLiveLlava(HfLlava):
 
     def published(self, tensors: Tensors) -> Tensors:
         """See the base."""
-        return renamed(super().published(tensors), _TO_LIVE)
+        return renamed(super().published(tensors), TO_LIVE)
 
 
 class OriginalLlava(LlavaFormat):
@@ -183,11 +185,16 @@ class OriginalLlava(LlavaFormat):
 
     def rows(self, config: VisionLanguageConfig) -> list[Row]:
         """See the base."""
-        rows = vision_rows(config.image, _VISION) + decoder_rows(config.decoder, _LANGUAGE)
-        for layer in range(1, _depth(config) + 1):
-            single = isinstance(config.projector, LinearProjectorConfig) and config.projector.kind() == "linear"
-            rows += _linear(config, layer, "model.mm_projector" + ("" if single else f".{2 * layer - 2}"))
+        rows = super().rows(config)
         return [dataclasses.replace(row, theirs=_original(row.theirs)) for row in rows]
+
+    def projector_rows(self, config: VisionLanguageConfig) -> list[Row]:
+        """See the base."""
+        rows: list[Row] = []
+        for layer in range(1, _depth(config) + 1):
+            single = config.projector.kind() == "linear"
+            rows += _linear(config, layer, "model.mm_projector" + ("" if single else f".{2 * layer - 2}"))
+        return rows
 
     def read_config(
         self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None
@@ -280,4 +287,4 @@ def _from_original(name: str) -> str:
     return name.removeprefix(tower) if name.startswith(tower) else f"{_LANGUAGE}{name}"
 
 
-__all__ = ["TO_HUB", "HfLiveLlava", "HfLlava", "OriginalLlava"]
+__all__ = ["TO_HUB", "TO_LIVE", "HfLiveLlava", "HfLlava", "OriginalLlava"]
