@@ -36,6 +36,7 @@ TO_HUB = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    (r"^model\.image_newline$", "image_newline"),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
 TO_LIVE = (
@@ -43,6 +44,7 @@ TO_LIVE = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^vision_tower\.vision_model\.", "model.vision_tower."),
     (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    (r"^image_newline$", "model.image_newline"),
 )
 _TO_ORIGINAL = (
     (r"^language_model\.", ""),
@@ -55,9 +57,14 @@ _CLIP_336 = "openai/clip-vit-large-patch14-336"
 
 
 class LlavaFormat(VisionLanguageFormat):
-    """Names and settings that all spellings share, in those of the Hub."""
+    """Names and settings that all spellings share, in those of the Hub.
+
+    Attributes:
+        newline: whether a learned vector ends each row of features.
+    """
 
     conversations = LLAVA_STAGE_2
+    newline: bool = False
 
     def rows(self, config: VisionLanguageConfig) -> list[Row]:
         """See the base."""
@@ -85,9 +92,15 @@ class LlavaFormat(VisionLanguageFormat):
 
 
 class HfLlava(LlavaFormat):
-    """LlavaForConditionalGeneration of transformers; written with the names of the Hub, which all versions read."""
+    """LlavaForConditionalGeneration of transformers; written with the names of the Hub, which all versions read.
+
+    Attributes:
+        model_type: as config.json names it.
+        architecture: the class.
+    """
 
     library, title = "hf", "a Hugging Face LLaVA"
+    model_type, architecture = "llava", "LlavaForConditionalGeneration"
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
         """See the base."""
@@ -104,7 +117,7 @@ class HfLlava(LlavaFormat):
         """See the base."""
         if settings is None:
             raise ConversionError(f"{self.title} needs its config.json beside the weights: it tells the heads")
-        check_supported("config.json: ", settings, {"model_type": "llava", "projector_hidden_act": "gelu"})
+        check_supported("config.json: ", settings, {"model_type": self.model_type, "projector_hidden_act": "gelu"})
         layer, strategy = settings.get("vision_feature_layer", -2), settings.get("vision_feature_select_strategy")
         if not isinstance(layer, int):
             raise ConversionError(f"config.json: vision_feature_layer = {layer} names several blocks; not supported")
@@ -115,6 +128,7 @@ class HfLlava(LlavaFormat):
             layer=layer if layer < 0 else layer - image.depth - 1,
             features=_FEATURES[strategy or "default"],  # pyright: ignore[reportArgumentType]
             projector=MlpProjectorConfig(bias=settings.get("multimodal_projector_bias", True)),
+            newline=self.newline,
             decoder=read_decoder(tensors, _LANGUAGE, _TEXT_DEFAULTS | dict(text)),
             image_token=settings.get("image_token_index", settings.get("image_token_id", 32_000)),
         )
@@ -131,15 +145,15 @@ class HfLlava(LlavaFormat):
                 "projector": (type(config.projector), (MlpProjectorConfig,)),
                 "projector.depth": (_depth(config), (2,)),
                 "layer": (config.layer is None, (False,)),
-                "newline": (config.newline, (False,)),
+                "newline": (config.newline, (self.newline,)),
             },
         )
         text = write_decoder(config.decoder)
         added = int(config.image_token < 0)
         text["vocab_size"] += added
         return {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
             "image_token_index": config.decoder.table_size if added else config.image_token,
             "image_seq_length": config.tile_tokens,
             "projector_hidden_act": "gelu",
@@ -221,6 +235,7 @@ class OriginalLlava(LlavaFormat):
             layer=int(settings.get("mm_vision_select_layer", -2)),
             features=settings.get("mm_vision_select_feature", "patch"),
             projector=MlpProjectorConfig(depth=int(match[1])) if match else LinearProjectorConfig(),
+            newline=self.newline,
             decoder=read_decoder(hub, _LANGUAGE, text),
         )
 
@@ -239,7 +254,7 @@ class OriginalLlava(LlavaFormat):
             {
                 "projector": (isinstance(config.projector, LinearProjectorConfig), (True,)),
                 "layer": (config.layer is None, (False,)),
-                "newline": (config.newline, (False,)),
+                "newline": (config.newline, (self.newline,)),
                 "projector.bias": (_bias(config), (True,)),
             },
         )
