@@ -2,7 +2,8 @@
 
 Needs what llava15_7b_stage2.py needs. As published: rank 128 and alpha 256 on all linear maps of the language model,
 dropout 0.05, 2e-4 for the small matrices and 2e-5 for the projector, all else as in stage 2. An export adds what was
-learned to the matrices of Vicuna. VQAv2 79.1, GQA 63.0, TextVQA 58.2, POPE 86.4, MME 1476.9, MMBench 66.1.
+learned to the matrices of Vicuna, or with --part=adapter writes it as PEFT does (docs/interop.md). VQAv2 79.1,
+GQA 63.0, TextVQA 58.2, POPE 86.4, MME 1476.9, MMBench 66.1.
 """
 
 from pathlib import Path

@@ -356,7 +356,7 @@ def test_prompts_are_filled_up_on_the_left(maker):
     length = len(maker.writer.prompt(conversation))
     assert (row["segments"] > 0).tolist() == [False] * (SMALL.row_length - length) + [True] * length
     assert not row["supervised"].any() and row["positions"][-1] == length - 1
-    with pytest.raises(BadRecord, match=r"record r1 .* too many for a row"):
+    with pytest.raises(BadRecord, match=r"record r1 .* its question has \d+ tokens, and a row holds \d+"):
         maker.prompt(record("word " * 400, "a"))
 
 

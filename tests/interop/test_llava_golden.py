@@ -1,6 +1,6 @@
 """LLaVA-1.5's own code on a small model: what the tower, the projector and the decoder give, loss, gradients, text."""
 
-import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -8,15 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_vectors import GoldenVectors
+from safetensors.numpy import save_file
 from vision_language_rows import expanded_rows
 
 from vlm_jax.data.images import PreprocessConfig
+from vlm_jax.interop.adapters import import_part
+from vlm_jax.interop.commands import import_weights
 from vlm_jax.interop.llava import OriginalLlava
 from vlm_jax.interop.tables import from_params, to_params
+from vlm_jax.loading import load
 from vlm_jax.mesh import unbox
 from vlm_jax.models.generation import GenerationConfig
-from vlm_jax.models.lora import LoraConfig
 from vlm_jax.objectives.vlm import VlmConfig
+from vlm_jax.schema import override
 
 GOLDEN, FORMAT = GoldenVectors("llava_model"), OriginalLlava()
 IMAGE_TOKEN = -200
@@ -106,28 +110,24 @@ def test_greedy_ids() -> None:
 
 
 @pytest.fixture(scope="module")
-def adapted() -> Any:
-    """(the method with small matrices, its parameters)."""
-    sizes = GOLDEN.settings["lora"]
-    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=sizes["r"], alpha=sizes["alpha"], dropout=0.05))
-    vlm = VlmConfig(model=config, length=20, tiles=2).build(PreprocessConfig(), jnp.float32)
-    params = jax.tree.map(lambda x: x, PARAMS)
-    stored = {name: x for name, x in GOLDEN.inputs.items() if name.startswith("lora.")}
-    for row in FORMAT.rows(CONFIG):
-        parent, _, leaf = row.ours.rpartition("/")
-        if leaf != "kernel" or not parent.startswith("decoder/blocks"):
-            continue
-        node = params
-        for key in parent.split("/"):
-            node = node[key]
-        inputs = node["kernel"].ndim - 1 - (1 if parent.endswith(("out", "gate", "fc1", "fc2")) else 2)
-        for which, kept in (("a", node["kernel"].shape[1 : 1 + inputs]), ("b", node["kernel"].shape[1 + inputs :])):
-            theirs = row.theirs.removesuffix(".weight") + f".lora_{which.upper()}.default.weight"
-            layers = [stored.pop(f"lora.base_model.model.{theirs.format(layer=i)}").T for i in range(2)]
-            shape = (*kept, sizes["r"]) if which == "a" else (sizes["r"], *kept)
-            node[f"lora_{which}"] = np.stack([layer.reshape(shape) for layer in layers])
-    assert not stored
-    return vlm, params
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(the method with small matrices, its parameters), from the files of the base and of PEFT."""
+    root, sizes = tmp_path_factory.mktemp("adapted"), GOLDEN.settings["lora"]
+    stored = {name.removeprefix("lora."): x for name, x in GOLDEN.inputs.items() if name.startswith("lora.")}
+    settings = {"peft_type": "LORA", "r": sizes["r"], "lora_alpha": sizes["alpha"], "lora_dropout": 0.05}
+    for name, file, tensors, told in (
+        ("base", "model.safetensors", GOLDEN.weights, ("config.json", GOLDEN.settings)),
+        ("adapter", "adapter_model.safetensors", stored, ("adapter_config.json", settings)),
+    ):
+        (root / name).mkdir()
+        save_file(tensors, root / name / file)
+        (root / name / told[0]).write_text(json.dumps(told[1]))
+    import_weights(root / "base", root / "ours", preprocess="clip")
+    said = import_part(root / "adapter", root / "both", root / "ours")
+    assert "an adapter of rank 4 of query, key, value, out, gate, fc1, fc2 onto" in said
+    model = load(root / "both")
+    vlm = override(model.config.objective, {"length": 20, "tiles": 2}).build(PreprocessConfig(), jnp.float32)
+    return vlm, jax.tree.map(np.asarray, model.params)
 
 
 def test_small_matrices_beside_the_decoders(adapted: Any) -> None:

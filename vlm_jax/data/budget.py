@@ -197,7 +197,7 @@ def numbers(measured: Measured, config: ChatConfig) -> dict[str, Any]:
         "records": len(usable),
         "usable": int(usable.sum()),
         "lost": lost,
-        "changed": dict(measured.notes),
+        "changed": {note: count for note, (count, _) in measured.notes.items()},
         "tokens": int(tokens.sum()),
         "image_tokens": int(measured.image_tokens[usable].sum()),
         "learned_tokens": int(measured.learned[usable].sum()),

@@ -87,10 +87,14 @@ class ChatExamples:
             why = f"it has {whole} tokens, and a row holds {config.row_length} (config.data.chat.row_length)"
             raise BadRecord(record["where"], record["key"], why)
         document = self.writer.cut(document, config.row_length, record)
-        if document.tile_count > config.max_tiles:
-            why = f"its {len(document.images)} images make {document.tile_count} tiles, and a row holds"
-            raise BadRecord(record["where"], record["key"], f"{why} {config.max_tiles} (config.data.chat.max_tiles)")
+        self._check_tiles(document, record)
         return document, whole
+
+    def _check_tiles(self, document: Document, record: Record) -> None:
+        most = self.config.max_tiles
+        if document.tile_count > most:
+            why = f"its {len(document.images)} images make {document.tile_count} tiles, and a row holds {most}"
+            raise BadRecord(record["where"], record["key"], f"{why} (config.data.chat.max_tiles)")
 
     def prompt(self, record: Record) -> Example:
         """A row with a conversation up to where the last answer would begin, filled up on the left, to generate from.
@@ -98,10 +102,11 @@ class ChatExamples:
         Raises:
             BadRecord: it can't be used, or is longer than a row.
         """
-        document = self.writer.prompt(record)
-        if len(document) > self.config.row_length or document.tile_count > self.config.max_tiles:
-            why = f"its question has {len(document)} tokens and {document.tile_count} tiles, too many for a row"
-            raise BadRecord(record["where"], record["key"], why)
+        document, config = self.writer.prompt(record), self.config
+        if len(document) > config.row_length:
+            why = f"its question has {len(document)} tokens, and a row holds {config.row_length}"
+            raise BadRecord(record["where"], record["key"], f"{why} (config.data.chat.row_length)")
+        self._check_tiles(document, record)
         return self.joined([(document, self.writer.tiles(document, record))], "left")
 
     def joined(self, documents: Sequence[tuple[Document, np.ndarray]], padding: Padding | None = None) -> Example:

@@ -4,7 +4,6 @@ No pixel is decoded: an image's size stands in its header, and is read only wher
 is kept in a file, under a digest of the source, the tokenizer and the settings.
 """
 
-import collections
 import dataclasses
 import hashlib
 import itertools
@@ -26,7 +25,7 @@ from vlm_jax.data.sources.base import BadRecord, Record, Source
 from vlm_jax.data.sources.mixture import MixtureSource
 from vlm_jax.data.tiles import NO_SLOT
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 128
 _log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class Measured:
         image_tokens: int32 [records], tokens that take features of images.
         tiles: int32 [records].
         failures: the records that can't be used.
-        notes: how many records were changed to be usable, by what was done.
+        notes: what was done to make records usable: how many there are, and the name of the first.
     """
 
     tokens: np.ndarray
@@ -72,13 +71,15 @@ class Measured:
     image_tokens: np.ndarray
     tiles: np.ndarray
     failures: tuple[Failure, ...]
-    notes: Mapping[str, int]
+    notes: Mapping[str, tuple[int, str]]
 
     def digest(self) -> str:
         """Of all that decides which documents share a row."""
         return hashlib.sha256(self.tokens.tobytes() + self.tiles.tobytes()).hexdigest()
 
 
+# Of one record: its index, what the arrays hold, what was done to it, its name.
+_Looked = tuple[int, tuple[int, ...], tuple[str, ...], str]
 _ARRAYS = ("tokens", "whole", "learned", "image_tokens", "tiles")
 
 
@@ -101,8 +102,8 @@ def measure(source: Source, maker: Measurable, threads: int = 4, cache_dir: str 
         "measuring %d conversations, once%s", len(source), f"; their lengths are kept in {place}" if place else ""
     )
     measured = _measure(source, maker, threads)
-    for note, count in measured.notes.items():
-        _log.warning("%d of %d records: %s", count, len(source), note)
+    for note, (count, first) in measured.notes.items():
+        _log.warning("%d of %d records: %s; the first is %s", count, len(source), note, first)
     if place:
         _write(place, measured)
     return measured
@@ -119,9 +120,9 @@ def fingerprint(source: Source) -> str:
 def _measure(source: Source, maker: Measurable, threads: int) -> Measured:
     found = np.full((len(source), len(_ARRAYS)), -1, np.int32)
     failures: list[Failure] = []
-    notes: collections.Counter[str] = collections.Counter()
+    notes: dict[str, tuple[int, str]] = {}
 
-    def look(chunk: range) -> list[tuple[int, tuple[int, ...], tuple[str, ...]] | Failure]:
+    def look(chunk: range) -> list[_Looked | Failure]:
         return [_look(source, maker, index) for index in chunk]
 
     chunks = (range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK))
@@ -133,19 +134,22 @@ def _measure(source: Source, maker: Measurable, threads: int) -> Measured:
                     failures.append(result)
                 else:
                     found[result[0]] = result[1]
-                    notes.update(result[2])
+                    for note in result[2]:
+                        count, first = notes.get(note, (0, result[3]))
+                        notes[note] = count + 1, first
     tokens, whole, learned, image_tokens, tiles = found.T.copy()
-    return Measured(tokens, whole, learned, image_tokens, tiles, tuple(failures), dict(notes))
+    return Measured(tokens, whole, learned, image_tokens, tiles, tuple(failures), notes)
 
 
-def _look(source: Source, maker: Measurable, index: int) -> tuple[int, tuple[int, ...], tuple[str, ...]] | Failure:
+def _look(source: Source, maker: Measurable, index: int) -> _Looked | Failure:
     try:
-        document, whole = maker.fitted(source[index])
+        record = source[index]
+        document, whole = maker.fitted(record)
     except BadRecord as error:
         return Failure.of(index, error)
     features = int((document.slots != NO_SLOT).sum())
     counts = len(document), whole, int(document.supervised.sum()), features, document.tile_count
-    return index, counts, document.notes
+    return index, counts, document.notes, record["key"]
 
 
 def _read(place: str) -> Measured | None:
@@ -154,7 +158,8 @@ def _read(place: str) -> Measured | None:
             about = json.loads(str(kept["about"]))
             failures = tuple(Failure(*failure) for failure in about["failures"])
             tokens, whole, learned, image_tokens, tiles = (kept[name] for name in _ARRAYS)
-            return Measured(tokens, whole, learned, image_tokens, tiles, failures, about["notes"])
+            notes = {note: (count, first) for note, (count, first) in about["notes"].items()}
+            return Measured(tokens, whole, learned, image_tokens, tiles, failures, notes)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # missing, or half-written by another program: the source itself tells
 

@@ -4,8 +4,9 @@ python -m vlm_jax.interop import --from=FILE_OR_DIR --to=DIR [--family=hf|open_c
                                  [--activation=quick_gelu] [--tokenizer=FILE|none]
                                  [--preprocess=clip|siglip|imagenet|inception|dalle]
                                  [--allow_unexpected]
+python -m vlm_jax.interop import --from=mm_projector.safetensors|ADAPTER_DIR --base=CHECKPOINT --to=DIR
 python -m vlm_jax.interop export --from=CHECKPOINT --to=DIR --family=hf|open_clip|big_vision|official
-                                 [--dtype=float16|bfloat16]
+                                 [--dtype=float16|bfloat16] [--part=projector|adapter]
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 from vlm_jax.checkpoint_format import CheckpointError
+from vlm_jax.interop.adapters import export_part, import_part
 from vlm_jax.interop.commands import export_weights, import_weights
 from vlm_jax.interop.files import WeightsError
 from vlm_jax.interop.formats import LIBRARIES
@@ -44,6 +46,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     importer.add_argument("--preprocess", default="", choices=list(KNOWN), help="where no file tells it")
     importer.add_argument("--allow_unexpected", action="store_true", help="pass over names without a place")
+    importer.add_argument(
+        "--base", type=Path, help="checkpoint that takes what the files hold: LLaVA's mm_projector.*, a folder of PEFT"
+    )
+    exporter.add_argument("--part", choices=("projector", "adapter"), help="of a vision-language model, instead of all")
     exporter.add_argument("--family", choices=LIBRARIES, required=True, help="whose files to write")
     exporter.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights"
@@ -54,9 +60,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns the exit code: 2 for input that can't be used, 1 for files that can't be read or written."""
     flags = vars(parse(sys.argv[1:] if arguments is None else arguments))
-    run = {"import": import_weights, "export": export_weights}[flags.pop("action")]
+    action, source, target = flags.pop("action"), flags.pop("source"), flags.pop("target")
+    base, part = flags.pop("base", None), flags.pop("part", None)
     try:
-        print(run(flags.pop("source"), flags.pop("target"), **flags))
+        if base is not None:
+            if any(flags.values()):
+                raise ConversionError("with --base the base tells all else; leave the other flags out")
+            print(import_part(source, target, base))
+        elif part is not None:
+            print(export_part(source, target, part=part, **flags))
+        else:
+            print({"import": import_weights, "export": export_weights}[action](source, target, **flags))
     except (ConversionError, ConfigError, WeightsError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ConversionError | ConfigError) else 1

@@ -93,7 +93,7 @@ def import_weights(
         built, note, settings = found.tokenizer(weights.folder, tokenizer, model)
         data = dataclasses.replace(data, tokenizer=settings)
         objective = _sparing_special_words(objective, built)
-    config = _config(objective, data)
+    config = described(objective, data)
     if built is not None:
         objective.check_tokenizer(built)
     save_params(
@@ -148,7 +148,7 @@ def _preprocess(found: Format, name: str, settings: Mapping[str, Any] | None, si
     )
 
 
-def _config(objective: ObjectiveConfig, data: DataConfig) -> Config:
+def described(objective: ObjectiveConfig, data: DataConfig) -> Config:
     """A config whose objective and data describe the model; the rest is at its defaults, for nothing was trained."""
     name = f"imported_{objective.kind()}"
     config = Config(name=name, objective=objective, data=data, optimizer=AdamW(), train=TrainConfig())
@@ -254,4 +254,4 @@ def _is_clips(tokenizer: Tokenizer) -> bool:
     return isinstance(tokenizer.encoder, ClipBpe) and len(tokenizer.encoder.merges) == MAX_MERGES
 
 
-__all__ = ["export_weights", "import_weights"]
+__all__ = ["described", "export_weights", "import_weights"]

@@ -36,13 +36,15 @@ TO_HUB = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    (r"^model\.image_newline$", "image_newline"),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
-_TO_LIVE = (
+TO_LIVE = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^vision_tower\.vision_model\.", "model.vision_tower."),
     (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    (r"^image_newline$", "model.image_newline"),
 )
 _TO_ORIGINAL = (
     (r"^language_model\.", ""),
@@ -55,16 +57,23 @@ _CLIP_336 = "openai/clip-vit-large-patch14-336"
 
 
 class LlavaFormat(VisionLanguageFormat):
-    """Names and settings that all spellings share, in those of the Hub."""
+    """Names and settings that all spellings share, in those of the Hub.
+
+    Attributes:
+        newline: whether a learned vector ends each row of features.
+    """
 
     conversations = LLAVA_STAGE_2
+    newline: bool = False
 
     def rows(self, config: VisionLanguageConfig) -> list[Row]:
         """See the base."""
         rows = vision_rows(config.image, _VISION) + decoder_rows(config.decoder, _LANGUAGE)
-        for layer in (1, 2):
-            rows += _linear(config, layer, f"{_PROJECTOR}.linear_{layer}")
-        return rows
+        return rows + self.projector_rows(config)
+
+    def projector_rows(self, config: VisionLanguageConfig) -> list[Row]:
+        """Those under `projector/` alone."""
+        return [row for layer in (1, 2) for row in _linear(config, layer, f"{_PROJECTOR}.linear_{layer}")]
 
     def constants(self, config: VisionLanguageConfig) -> dict[str, np.ndarray]:
         """A row of zeros for the token that stands for an image, where the vocabulary has none."""
@@ -83,9 +92,15 @@ class LlavaFormat(VisionLanguageFormat):
 
 
 class HfLlava(LlavaFormat):
-    """LlavaForConditionalGeneration of transformers; written with the names of the Hub, which all versions read."""
+    """LlavaForConditionalGeneration of transformers; written with the names of the Hub, which all versions read.
+
+    Attributes:
+        model_type: as config.json names it.
+        architecture: the class.
+    """
 
     library, title = "hf", "a Hugging Face LLaVA"
+    model_type, architecture = "llava", "LlavaForConditionalGeneration"
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
         """See the base."""
@@ -102,7 +117,7 @@ class HfLlava(LlavaFormat):
         """See the base."""
         if settings is None:
             raise ConversionError(f"{self.title} needs its config.json beside the weights: it tells the heads")
-        check_supported("config.json: ", settings, {"model_type": "llava", "projector_hidden_act": "gelu"})
+        check_supported("config.json: ", settings, {"model_type": self.model_type, "projector_hidden_act": "gelu"})
         layer, strategy = settings.get("vision_feature_layer", -2), settings.get("vision_feature_select_strategy")
         if not isinstance(layer, int):
             raise ConversionError(f"config.json: vision_feature_layer = {layer} names several blocks; not supported")
@@ -113,6 +128,7 @@ class HfLlava(LlavaFormat):
             layer=layer if layer < 0 else layer - image.depth - 1,
             features=_FEATURES[strategy or "default"],  # pyright: ignore[reportArgumentType]
             projector=MlpProjectorConfig(bias=settings.get("multimodal_projector_bias", True)),
+            newline=self.newline,
             decoder=read_decoder(tensors, _LANGUAGE, _TEXT_DEFAULTS | dict(text)),
             image_token=settings.get("image_token_index", settings.get("image_token_id", 32_000)),
         )
@@ -129,15 +145,15 @@ class HfLlava(LlavaFormat):
                 "projector": (type(config.projector), (MlpProjectorConfig,)),
                 "projector.depth": (_depth(config), (2,)),
                 "layer": (config.layer is None, (False,)),
-                "newline": (config.newline, (False,)),
+                "newline": (config.newline, (self.newline,)),
             },
         )
         text = write_decoder(config.decoder)
         added = int(config.image_token < 0)
         text["vocab_size"] += added
         return {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
             "image_token_index": config.decoder.table_size if added else config.image_token,
             "image_seq_length": config.tile_tokens,
             "projector_hidden_act": "gelu",
@@ -161,7 +177,7 @@ class HfLiveLlava(HfLlava):
 
     def published(self, tensors: Tensors) -> Tensors:
         """See the base."""
-        return renamed(super().published(tensors), _TO_LIVE)
+        return renamed(super().published(tensors), TO_LIVE)
 
 
 class OriginalLlava(LlavaFormat):
@@ -183,11 +199,16 @@ class OriginalLlava(LlavaFormat):
 
     def rows(self, config: VisionLanguageConfig) -> list[Row]:
         """See the base."""
-        rows = vision_rows(config.image, _VISION) + decoder_rows(config.decoder, _LANGUAGE)
-        for layer in range(1, _depth(config) + 1):
-            single = isinstance(config.projector, LinearProjectorConfig) and config.projector.kind() == "linear"
-            rows += _linear(config, layer, "model.mm_projector" + ("" if single else f".{2 * layer - 2}"))
+        rows = super().rows(config)
         return [dataclasses.replace(row, theirs=_original(row.theirs)) for row in rows]
+
+    def projector_rows(self, config: VisionLanguageConfig) -> list[Row]:
+        """See the base."""
+        rows: list[Row] = []
+        for layer in range(1, _depth(config) + 1):
+            single = config.projector.kind() == "linear"
+            rows += _linear(config, layer, "model.mm_projector" + ("" if single else f".{2 * layer - 2}"))
+        return rows
 
     def read_config(
         self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None
@@ -214,6 +235,7 @@ class OriginalLlava(LlavaFormat):
             layer=int(settings.get("mm_vision_select_layer", -2)),
             features=settings.get("mm_vision_select_feature", "patch"),
             projector=MlpProjectorConfig(depth=int(match[1])) if match else LinearProjectorConfig(),
+            newline=self.newline,
             decoder=read_decoder(hub, _LANGUAGE, text),
         )
 
@@ -232,7 +254,7 @@ class OriginalLlava(LlavaFormat):
             {
                 "projector": (isinstance(config.projector, LinearProjectorConfig), (True,)),
                 "layer": (config.layer is None, (False,)),
-                "newline": (config.newline, (False,)),
+                "newline": (config.newline, (self.newline,)),
                 "projector.bias": (_bias(config), (True,)),
             },
         )
@@ -280,4 +302,4 @@ def _from_original(name: str) -> str:
     return name.removeprefix(tower) if name.startswith(tower) else f"{_LANGUAGE}{name}"
 
 
-__all__ = ["TO_HUB", "HfLiveLlava", "HfLlava", "OriginalLlava"]
+__all__ = ["TO_HUB", "TO_LIVE", "HfLiveLlava", "HfLlava", "OriginalLlava"]

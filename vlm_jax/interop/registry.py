@@ -20,6 +20,7 @@ from vlm_jax.interop.hf_swin import HfSwinSimMim
 from vlm_jax.interop.hf_vit import HfViT, OfficialDeiT
 from vlm_jax.interop.hf_vit_mae import HfViTMae
 from vlm_jax.interop.llava import HfLiveLlava, HfLlava, OriginalLlava
+from vlm_jax.interop.llava_next import HfLiveLlavaNext, HfLlavaNext, OriginalLlavaNext
 from vlm_jax.interop.mae import Mae, MaeEncoder
 from vlm_jax.interop.nanovlm import NanoVlm
 from vlm_jax.interop.open_clip_coca import OpenClipCoCa
@@ -54,6 +55,9 @@ FORMATS: tuple[Format, ...] = (
     OfficialDinov2(),
     NanoVlm(),
     HfPaliGemma(),
+    OriginalLlavaNext(),
+    HfLlavaNext(),
+    HfLiveLlavaNext(),
     OriginalLlava(),
     HfLlava(),
     HfLiveLlava(),

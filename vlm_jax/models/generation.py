@@ -1,7 +1,8 @@
 """Writing text with a decoder: the prompts once, then token after token from a cache of keys and values.
 
-Everything is one program of static shapes, to be called under `jax.jit`; its loop ends as soon as every row has. Rows
-may be filled up at either end, and give what each gives alone. Nothing here knows images: prompts may be embeddings.
+`generate` is one program of static shapes, to be called under `jax.jit`; its loop ends as soon as every row has.
+`begin` and `extend` are its two halves for who wants each token when it is there. Rows may be filled up at either end,
+and give what each gives alone. Nothing here knows images: prompts may be embeddings.
 """
 
 import dataclasses
@@ -69,14 +70,30 @@ class _Prompt(NamedTuple):
         cache: [L, B, S, K, D] with room for the new tokens after the prompts.
         seen: bool [B, S], the prompts' places.
         count: int32 [B], tokens of each prompt.
-        length: places that the prompts take.
+        length: () int32, places that the prompts take.
     """
 
     logits: jax.Array
     cache: KeyValues
     seen: jax.Array
     count: jax.Array
-    length: int
+    length: jax.Array
+
+
+class Writing(NamedTuple):
+    """Texts in the making, by `begin` and `extend`.
+
+    Attributes:
+        index: () int32, new tokens so far.
+        token: int32 [B], the newest of each; `pad_id` where a text had ended before.
+        ended: bool [B], whether the newest or an earlier one is an end token.
+        prompt: what it takes to go on.
+    """
+
+    index: jax.Array
+    token: jax.Array
+    ended: jax.Array
+    prompt: _Prompt
 
 
 def generate(
@@ -100,11 +117,39 @@ def generate(
         prefix_BxT: bool, see `Decoder.__call__`.
         keys: [B] typed keys, one a row: tokens are sampled. None takes the likeliest.
     """
+    if config.beams == 1:
+        return _one_by_one(decoder, params, begin(decoder, params, tokens, valid_BxT, config, prefix_BxT), config, keys)
     model = _Model(decoder, params)
-    prompt = model.read(tokens, valid_BxT, prefix_BxT, config.max_new_tokens)
-    if config.beams > 1:
-        return _beam_search(model, prompt, config)
-    return _one_by_one(model, prompt, config, keys)
+    return _beam_search(model, model.read(tokens, valid_BxT, prefix_BxT, config.max_new_tokens), config)
+
+
+def begin(
+    decoder: Decoder,
+    params: Any,
+    tokens: jax.Array,
+    valid_BxT: jax.Array,
+    config: GenerationConfig,
+    prefix_BxT: jax.Array | None = None,
+) -> Writing:
+    """Reads prompts, to which `extend` then adds token after token; arguments as of `generate`, without beams."""
+    prompt = _Model(decoder, params).read(tokens, valid_BxT, prefix_BxT, config.max_new_tokens)
+    none_B = jnp.full(tokens.shape[:1], config.pad_id, jnp.int32)
+    return Writing(jnp.zeros((), jnp.int32), none_B, jnp.zeros(tokens.shape[:1], bool), prompt)
+
+
+def extend(
+    decoder: Decoder, params: Any, writing: Writing, config: GenerationConfig, keys: jax.Array | None = None
+) -> Writing:
+    """One more token of every text; at most `max_new_tokens` times."""
+    index, prompt = writing.index, writing.prompt
+    token_B = choose(prompt.logits, config, fold_in(keys, index))
+    token_B = jnp.where(writing.ended, config.pad_id, token_B)
+    ended_B = writing.ended | _ends(token_B, config.eos_ids)
+    # The token that ends the last text needs no pass of the model after it.
+    goes_on = (index + 1 < config.max_new_tokens) & ~jnp.all(ended_B)
+    step = _Model(decoder, params).step
+    prompt = jax.lax.cond(goes_on, lambda prompt: step(token_B, index, prompt), lambda prompt: prompt, prompt)
+    return Writing(index + 1, token_B, ended_B, prompt)
 
 
 class _Model:
@@ -127,7 +172,8 @@ class _Model:
         logits_BxV = self._apply(last_Bx1xD, method="logits")[:, 0]
         cache = KeyValues(*(_pinned(jnp.pad(x, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)])) for x in own))
         seen_BxS = jnp.pad(valid_BxT, ((0, 0), (0, room)))
-        return _Prompt(logits_BxV, cache, seen_BxS, segments_BxT.sum(axis=1), length)
+        count_B = segments_BxT.sum(axis=1)
+        return _Prompt(logits_BxV, cache, seen_BxS, count_B, jnp.asarray(length, jnp.int32))
 
     def step(self, token_B: jax.Array, index: jax.Array, prompt: _Prompt) -> _Prompt:
         """After new token number `index` () of each row, counted from 0."""
@@ -148,32 +194,20 @@ def _pinned(x_LxBxSxKxD: jax.Array) -> jax.Array:
     return constrain(x_LxBxSxKxD, None, "batch", None, "heads", "kv")
 
 
-def _one_by_one(model: _Model, prompt: _Prompt, config: GenerationConfig, keys: jax.Array | None) -> Generated:
-    rows, most = prompt.logits.shape[0], config.max_new_tokens
-    length = prompt.length
+def _one_by_one(
+    decoder: Decoder, params: Any, first: Writing, config: GenerationConfig, keys: jax.Array | None
+) -> Generated:
+    def unfinished(carry: tuple[Writing, jax.Array]) -> jax.Array:
+        return (carry[0].index < config.max_new_tokens) & ~jnp.all(carry[0].ended)
 
-    def unfinished(carry: Any) -> jax.Array:
-        index, ended_B, _, _ = carry
-        return (index < most) & ~jnp.all(ended_B)
+    def add(carry: tuple[Writing, jax.Array]) -> tuple[Writing, jax.Array]:
+        writing, ids_BxN = carry
+        longer = extend(decoder, params, writing, config, keys)
+        return longer, jax.lax.dynamic_update_slice_in_dim(ids_BxN, longer.token[:, None], writing.index, axis=1)
 
-    def add(carry: Any) -> Any:
-        index, ended_B, ids_BxN, state = carry
-        token_B = choose(state[0], config, fold_in(keys, index))
-        token_B = jnp.where(ended_B, config.pad_id, token_B)
-        ids_BxN = jax.lax.dynamic_update_slice_in_dim(ids_BxN, token_B[:, None], index, axis=1)
-        ended_B = ended_B | _ends(token_B, config.eos_ids)
-
-        def go_on(state: Any) -> Any:
-            return model.step(token_B, index, _Prompt(state[0], state[1], state[2], state[3], length))[:-1]
-
-        # The token that ends the last text needs no pass of the model after it.
-        goes_on = (index + 1 < most) & ~jnp.all(ended_B)
-        return index + 1, ended_B, ids_BxN, jax.lax.cond(goes_on, go_on, lambda state: state, state)
-
-    ids_BxN = jnp.full((rows, most), config.pad_id, jnp.int32)
-    first = jnp.zeros((), jnp.int32), jnp.zeros((rows,), bool), ids_BxN, tuple(prompt[:-1])
-    steps, _, ids_BxN, _ = jax.lax.while_loop(unfinished, add, first)
-    return Generated(ids_BxN, _lengths(ids_BxN, config.eos_ids, steps), steps)
+    ids_BxN = jnp.full((first.token.shape[0], config.max_new_tokens), config.pad_id, jnp.int32)
+    last, ids_BxN = jax.lax.while_loop(unfinished, add, (first, ids_BxN))
+    return Generated(ids_BxN, _lengths(ids_BxN, config.eos_ids, last.index), last.index)
 
 
 def _ends(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
@@ -300,4 +334,4 @@ def _extended(carry: _Beams, config: GenerationConfig) -> tuple[_Beams, jax.Arra
     return _Beams(index, running, running_scores, finished, finished_scores, improvable, carry.prompt), parents_BxR
 
 
-__all__ = ["Generated", "GenerationConfig", "allowed_logits", "choose", "generate"]
+__all__ = ["Generated", "GenerationConfig", "Writing", "allowed_logits", "begin", "choose", "extend", "generate"]

@@ -17,7 +17,7 @@ from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import Source
 from vlm_jax.data.text import Tokenizer
-from vlm_jax.models.generation import Generated, GenerationConfig
+from vlm_jax.models.generation import Generated, GenerationConfig, Writing
 from vlm_jax.schema import Choice, leaves, override
 from vlm_jax.step import Objective
 
@@ -251,6 +251,16 @@ class ModelObjective(Objective):
             keys: [B] typed keys, one a row: tokens are sampled. None takes the likeliest.
         """
         raise TypeError(f"{type(self).__name__} answers no questions")
+
+    def begin_writing(self, params: Any, batch: Mapping[str, jax.Array], config: GenerationConfig) -> Writing:
+        """Reads the rows of `answer`, or of a language model those of texts (`text`, `segments`), to be written on."""
+        raise TypeError(f"{type(self).__name__} writes no text")
+
+    def write_on(
+        self, params: Any, writing: Writing, config: GenerationConfig, keys: jax.Array | None = None
+    ) -> Writing:
+        """One token more of each row that `begin_writing` read: together they write what `answer` does."""
+        raise TypeError(f"{type(self).__name__} writes no text")
 
     def match_images(self, params: Any, images: jax.Array) -> jax.Array:
         """uint8 or normalised float [B, H, W, 3] -> what `match_pairs` takes of images, [B, S, C]."""

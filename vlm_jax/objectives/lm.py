@@ -20,7 +20,7 @@ from vlm_jax.data.text_rows import TextRows, pack_texts
 from vlm_jax.flops import TRAIN_OVER_FORWARD
 from vlm_jax.losses.vocabulary import vocabulary_cross_entropy
 from vlm_jax.models.decoder import Decoder, DecoderConfig
-from vlm_jax.models.generation import Generated, GenerationConfig, generate
+from vlm_jax.models.generation import Generated, GenerationConfig, Writing, begin, extend, generate
 from vlm_jax.models.language_model import LanguageModel, LanguageModelConfig
 from vlm_jax.objectives.base import ModelObjective, ObjectiveConfig
 from vlm_jax.schema import ConfigError
@@ -96,6 +96,7 @@ class Lm(ModelObjective):
     def __init__(self, config: LmConfig, preprocess: PreprocessConfig, dtype: Dtype):
         self.config, self.preprocess = config, preprocess
         self.module: LanguageModel = LanguageModel(config.model, dtype)
+        self._decoder = Decoder(config.model.decoder, dtype)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Parameters of the module; nothing else is kept."""
@@ -135,9 +136,20 @@ class Lm(ModelObjective):
         keys: jax.Array | None = None,
     ) -> Generated:
         """See the base; where prefixes were trained a whole prompt is one."""
-        decoder = Decoder(self.config.model.decoder, self.module.dtype)
         prefix_BxT = valid_BxT if self.config.prefix else None
-        return generate(decoder, params["decoder"], ids_BxT, valid_BxT, config, prefix_BxT=prefix_BxT, keys=keys)
+        return generate(self._decoder, params["decoder"], ids_BxT, valid_BxT, config, prefix_BxT=prefix_BxT, keys=keys)
+
+    def begin_writing(self, params: Any, batch: Mapping[str, jax.Array], config: GenerationConfig) -> Writing:
+        """See the base."""
+        valid_BxT = batch["segments"] > 0
+        prefix_BxT = valid_BxT if self.config.prefix else None
+        return begin(self._decoder, params["decoder"], batch["text"], valid_BxT, config, prefix_BxT)
+
+    def write_on(
+        self, params: Any, writing: Writing, config: GenerationConfig, keys: jax.Array | None = None
+    ) -> Writing:
+        """See the base."""
+        return extend(self._decoder, params["decoder"], writing, config, keys)
 
 
 def next_tokens(

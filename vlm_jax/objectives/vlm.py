@@ -19,7 +19,7 @@ from vlm_jax.data.text import Tokenizer
 from vlm_jax.data.tiles import AnyresTiling
 from vlm_jax.losses.vocabulary import vocabulary_cross_entropy
 from vlm_jax.models.decoder import Decoder
-from vlm_jax.models.generation import Generated, GenerationConfig, generate
+from vlm_jax.models.generation import Generated, GenerationConfig, Writing, begin, extend, generate
 from vlm_jax.models.vision_language import VisionLanguageConfig, VisionLanguageModel
 from vlm_jax.models.vit import ViTConfig
 from vlm_jax.objectives.base import normalise_images
@@ -181,13 +181,30 @@ class Vlm(ImageObjective):
         keys: jax.Array | None = None,
     ) -> Generated:
         """What the assistant says to rows of prompts; see the base."""
+        return generate(self.decoder, config=config, keys=keys, **self._prompts(params, batch))
+
+    def begin_writing(self, params: Any, batch: Mapping[str, jax.Array], config: GenerationConfig) -> Writing:
+        """See the base."""
+        return begin(self.decoder, config=config, **self._prompts(params, batch))
+
+    def write_on(
+        self, params: Any, writing: Writing, config: GenerationConfig, keys: jax.Array | None = None
+    ) -> Writing:
+        """See the base."""
+        return extend(self.decoder, self._writer(params), writing, config, keys)
+
+    def _prompts(self, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """What `generate` takes of rows of prompts."""
         inputs: Any = self.module.apply(
             {"params": params}, batch["text"], batch["tile_slots"], self._tiles(batch), method="inputs"
         )
         valid = batch["segments"] > 0
         prefix = valid if self.config.prefix else None
-        decoder = self.config.model.merged(params)[1]["decoder"]
-        return generate(self.decoder, decoder, inputs, valid, config, prefix_BxT=prefix, keys=keys)
+        return {"params": self._writer(params), "tokens": inputs, "valid_BxT": valid, "prefix_BxT": prefix}
+
+    def _writer(self, params: Any) -> Any:
+        """The decoder's parameters, with what small matrices learned."""
+        return self.config.model.merged(params)[1]["decoder"]
 
 
 def group_counts(counts_B: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
