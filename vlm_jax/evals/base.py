@@ -188,11 +188,15 @@ class EvalResult:
         metrics: flat name -> value, such as `zero_shot/digits/top1`; the same on every process. Shares are in 0..1.
         images: flat name -> uint8 [H, W, 3], on the primary process; empty on the others.
         benchmark: the same numbers as CLIP_benchmark names them, for tasks that it has.
+        texts: flat name -> Markdown.
+        predictions: flat name -> an object for each example, ready for JSON.
     """
 
     metrics: dict[str, float]
     images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     benchmark: BenchmarkEntry | None = None
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    predictions: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
 class EvalError(ValueError):
