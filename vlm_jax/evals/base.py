@@ -102,6 +102,14 @@ class Encoder(Protocol):
         """The texts of answers, without what ends them."""
         ...
 
+    def spans(self, record: Record) -> list[tuple[str, bool]]:
+        """A record as a row of training, for people: texts, and whether they are learned, in turn.
+
+        Raises:
+            BadRecord: it can't be used, as when its answer isn't known.
+        """
+        ...
+
     def blanked(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         """A batch of conversations whose images all have the mean colour, 0 once they are normalised."""
         ...
@@ -238,6 +246,7 @@ class EvalConfig(schema.Choice):
             accuracy,
             attentive_probe,
             few_shot,
+            generate,
             held_out_loss,
             knn,
             linear_probe,
@@ -260,6 +269,7 @@ class EvalConfig(schema.Choice):
             "held_out_loss": held_out_loss.HeldOutLossConfig,
             "reconstructions": reconstructions.ReconstructionsConfig,
             "vqa": vqa.VqaConfig,
+            "generate": generate.GenerateConfig,
         }
 
     def problems(self) -> Iterator[tuple[str, str]]:
