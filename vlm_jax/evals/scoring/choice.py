@@ -46,8 +46,11 @@ def chosen(text: str, options: Sequence[str]) -> int:
 
 
 def right_option(row: Answered) -> int:
-    """The number of the right option, whose letter is the known answer."""
-    return LETTERS.index(row.answers[0].strip())
+    """The number of the right option, whose letter is the known answer; raises `ValueError` when it is no letter."""
+    letter = row.answers[0].strip()
+    if len(letter) != 1 or letter not in LETTERS:
+        raise ValueError(f"an answer is {letter!r}, not the letter of an option")
+    return LETTERS.index(letter)
 
 
 def score_choice(rows: Sequence[Answered]) -> Scores:
