@@ -102,6 +102,13 @@ def test_llavas_questions_with_answers_of_vqav2_or_their_own(tmp_path: Path) -> 
     assert source[0]["images"] == ()
 
 
+def test_llavas_questions_with_options(tmp_path: Path) -> None:
+    prompt = "Which?\nA. a cat\nC. not yet\nB. a dog\nC. A. both" + LETTER
+    line = {"question_id": 3, "text": prompt, "answer": "B"}
+    record = BenchmarkConfig("llava", dump_lines(tmp_path / "choice.jsonl", [line])).build("")[0]
+    assert (record["options"], record["answers"]) == (("a cat", "a dog", "A. both"), ("B",))
+
+
 def test_pope(tmp_path: Path) -> None:
     for name in ("random", "adversarial"):
         entry = {"question_id": 1, "image": "COCO_val2014_000000000042.jpg", "text": "Is there a dog in the image?"}

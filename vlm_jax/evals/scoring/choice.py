@@ -5,13 +5,14 @@ never read the question a share of the points.
 """
 
 import re
+import string
 from collections.abc import Sequence
 
 import numpy as np
 
 from vlm_jax.evals.scoring.base import Answered, Scores, mean_points
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = string.ascii_uppercase
 _LETTER = re.compile(r"\(?([A-Z])(?:\)|\.|:)?")
 _LETTER_AND_TEXT = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.:)])\s+(\S.*)", re.DOTALL)
 
@@ -92,4 +93,4 @@ def score_scienceqa(rows: Sequence[Answered]) -> Scores:
     return Scores({**image, **scores.metrics, "unreadable": picked.count(-1) / len(picked)}, scores.points)
 
 
-__all__ = ["LETTERS", "chosen", "right_option", "science_chosen", "score_choice", "score_scienceqa"]
+__all__ = ["chosen", "right_option", "science_chosen", "score_choice", "score_scienceqa"]

@@ -73,7 +73,7 @@ def score_mme(rows: Sequence[Answered]) -> Scores:
     for kind, places in kinds_of(rows).items():
         images: dict[str, list[float]] = {}
         for place in places.tolist():
-            images.setdefault(rows[place].group, []).append(right[place])
+            images.setdefault(rows[place].group, []).append(float(right[place]))
         accuracy, plus = float(right[places].mean()), float(np.mean([min(image) for image in images.values()]))
         metrics |= {
             f"accuracy/{kind}": accuracy,
