@@ -6,7 +6,7 @@ Published: global batch 128, one epoch of 665,298 conversations, AdamW without d
 of warm-up, gradients clipped at 1; images padded to squares, rows of 2048 tokens grouped by length and kind. Results:
 VQAv2 78.5, GQA 62.0, TextVQA 58.2, POPE 85.9, MME 1510.7, MMBench 64.3 (13B: 80.0, 63.3, 61.3, 85.9, 1531.3, 67.7).
 `:evals` asks the questions of those benchmarks that can be scored here, from files laid out in playground/data/eval as
-LLaVA's docs/Evaluation.md says (docs/vlm_evaluation.md).
+LLaVA's docs/Evaluation.md says (docs/vlm_evaluation.md); `:pope` and so on ask one of them.
 """
 
 from pathlib import Path
@@ -55,6 +55,7 @@ BENCHMARKS = (
         max_new_tokens=256,
     ),
 )
+ASKED = {"evals": {"evals": BENCHMARKS}, **{entry.name: {"evals": (entry,)} for entry in BENCHMARKS}}
 # The template's system message is long in a vocabulary of few words.
 SMOKE = {
     **RECIPE.SMOKE_MODEL,
@@ -74,4 +75,4 @@ def second_stage(name: str, decoder: str, checkpoint: str) -> Config:
 
 def get_config(name: str = "") -> Config:
     config = second_stage("llava15_7b_stage2", "Vicuna-7B", "runs/llava15_7b_stage1")
-    return variant(config, name, {"smoke": SMOKE, "evals": {"evals": BENCHMARKS}})
+    return variant(config, name, {"smoke": SMOKE, **ASKED})

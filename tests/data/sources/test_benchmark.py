@@ -247,6 +247,8 @@ def test_the_folder_of_llavas_evaluations_is_read_by_its_recipe(
 ) -> None:
     """As its docs/Evaluation.md lays it out."""
     config = load_config(str(Path(__file__).parents[3] / "configs" / "llava15_7b_stage2.py") + ":evals")
+    alone = load_config(str(Path(__file__).parents[3] / "configs" / "llava15_7b_lora.py") + ":pope")
+    assert alone.evals == tuple(entry for entry in config.evals if entry.name == "pope")
     folder = tmp_path / "playground" / "data" / "eval"
     images = ("vqav2/test2015", "gqa/data/images", "textvqa/train_images", "pope/val2014")
     for name in (*images, "pope/coco", "MME/MME_Benchmark_release_version/OCR", "llava-bench-in-the-wild/images"):
