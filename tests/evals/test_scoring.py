@@ -161,6 +161,7 @@ def test_choice_counts_kinds_and_what_is_unreadable() -> None:
     ("text", "option"),
     [
         *[(text, 1) for text in ("B", " B ", "B. a cat", "B\nbecause", "So. The answer is B.", "The answer is B")],
+        ("The answer is A or The answer is B.", 1),
         *[(text, -1) for text in ("E", "b", "It is B", "B.", "(B)")],
     ],
 )

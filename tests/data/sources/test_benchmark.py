@@ -15,6 +15,8 @@ from vlm_jax.config import load_config
 from vlm_jax.data.chat_config import LLAVA_STAGE_2, NANOVLM
 from vlm_jax.data.chat_examples import ChatExamples
 from vlm_jax.data.sources import BenchmarkConfig, source_at
+from vlm_jax.data.sources.benchmark import LAYOUTS
+from vlm_jax.evals.scoring import SCORERS
 from vlm_jax.evals.vqa import VqaConfig
 from vlm_jax.schema import ConfigError, validate
 
@@ -282,3 +284,10 @@ def test_the_folder_of_llavas_evaluations_is_read_by_its_recipe(
     }
     scores = {evaluation.name: evaluation.score for evaluation in config.evals if isinstance(evaluation, VqaConfig)}
     assert scores == {name: name for name in ("gqa", "scienceqa", "textvqa", "pope", "mme")} | {"vqav2": "vqa"}
+
+
+def test_every_layout_and_every_score_stand_in_the_document() -> None:
+    document = (Path(__file__).parents[3] / "docs" / "vlm_evaluation.md").read_text(encoding="utf-8")
+    table = [[cell.strip() for cell in line.split("|")] for line in document.splitlines() if line.startswith("| ")]
+    assert {cells[2] for cells in table[1:]} == {f"`{layout}`" for layout in LAYOUTS}
+    assert {cells[4] for cells in table[1:]} - {"any"} == {f"`{score}`" for score in SCORERS} - {"`exact`"}

@@ -67,16 +67,16 @@ def score_choice(rows: Sequence[Answered]) -> Scores:
 
 
 _SCIENCE_LETTER = re.compile(r"([A-E])\. ")
-_SCIENCE_SENTENCE = re.compile(r"The answer is ([A-E])")
+_SCIENCE_SENTENCE, _SCIENCE_PART = re.compile(r"The answer is ([A-E])\."), re.compile(r"The answer is ([A-E])")
 
 
 def science_chosen(text: str, options: Sequence[str]) -> int:
     """The option that an answer names by LLaVA's reading, or -1: a letter from A to E alone, one followed by a point
-    and a space at the very beginning, or one behind `The answer is `."""
+    and a space at the very beginning, or one behind `The answer is `, that with a point behind it before others."""
     said = text.replace("\n", ". ")
     letter = said.strip()
     if len(letter) != 1 or letter not in LETTERS[:5]:
-        match = _SCIENCE_LETTER.match(said) or _SCIENCE_SENTENCE.search(said)
+        match = _SCIENCE_LETTER.match(said) or _SCIENCE_SENTENCE.search(said) or _SCIENCE_PART.search(said)
         letter = match[1] if match else ""
     number = LETTERS.index(letter) if letter else -1
     return number if number < len(options) else -1
