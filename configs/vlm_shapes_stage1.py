@@ -80,7 +80,7 @@ def recipe(
         checkpoint=CheckpointConfig(every=100),
         evals=(
             VqaConfig("shapes", held_out, max_new_tokens=8),
-            GenerateConfig("shapes", held_out, max_new_tokens=8),
+            GenerateConfig("samples", held_out, max_new_tokens=8),
         ),
     )
 
@@ -92,5 +92,5 @@ def get_config(name: str = "") -> Config:
     init_from = InitFrom(path="runs/lm_tiny_shapes", skip=("projector/.*",), parts=(TOWER,), tokenizer=True)
     frozen = {"parts.decoder.frozen": True, "init_from": init_from}
     # A whole caption, word for word, is not what this stage is judged by.
-    config = override(config, {**frozen, "evals.shapes.max_new_tokens": 48})
+    config = override(config, {**frozen, "evals.shapes.max_new_tokens": 48, "evals.samples.max_new_tokens": 48})
     return variant(config, name, {"smoke": SMOKE})

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 import vlm_jax
 from vlm_jax.data.text import SentencePieceConfig, Tokenizer, build_tokenizer
-from vlm_jax.data.text_rows import document_ids
+from vlm_jax.data.text_rows import document_ids, prompt_ids
 from vlm_jax.interop.commands import export_weights, import_weights
 from vlm_jax.interop.hf_decoder import HfDecoder
 from vlm_jax.interop.tables import ConversionError, from_params
@@ -62,6 +63,19 @@ def test_the_tokenizer_beside_the_weights_comes_along(folder: Path, tokenizer: T
     assert not (tmp_path / "back" / "preprocessor_config.json").exists()
     settings = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (settings["eos_token_id"], settings["dtype"]) == (tokenizer.eos_id, "float32")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert theirs(WORDS[1])["input_ids"] == prompt_ids(tokenizer, WORDS[1])
+
+
+def test_texts_that_go_on_get_no_end_token_in_transformers(tmp_path: Path) -> None:
+    """A training's tokenizer may drop the end token of a text that is cut, which no prompt has."""
+    ours = build_tokenizer(SentencePieceConfig(length=32, vocab_size=300, sticky_eos=False), WORDS)
+    with pytest.raises(ConversionError, match="sticky_eos"):
+        export_tokenizer(ours, tmp_path)
+    export_tokenizer(ours, tmp_path, prompts=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(WORDS[1])["input_ids"] == prompt_ids(ours, WORDS[1]) == document_ids(ours, WORDS[1])[:-1]
+    assert theirs.eos_token_id == ours.eos_id
 
 
 def test_special_tokens_are_those_of_its_settings(folder: Path, tmp_path: Path) -> None:

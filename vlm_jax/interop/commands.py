@@ -30,7 +30,9 @@ from vlm_jax.objectives.albef import AlbefConfig
 from vlm_jax.objectives.base import ObjectiveConfig
 from vlm_jax.objectives.image_text import ImageTextConfig
 from vlm_jax.objectives.images import ImagesConfig
+from vlm_jax.objectives.lm import LmConfig
 from vlm_jax.objectives.mlm import MlmConfig
+from vlm_jax.objectives.vlm import VlmConfig
 from vlm_jax.optim import AdamW
 
 WEIGHT_FILES: dict[Library, str] = {
@@ -233,7 +235,8 @@ def _write_tokenizer(model: Model, target: Path, family: Library, settings: dict
     if family == "open_clip" and _is_clips(model.tokenizer):
         return "open_clip's own"
     try:
-        note = export_tokenizer(model.tokenizer, target)
+        goes_on = isinstance(model.config.objective, LmConfig | VlmConfig)
+        note = export_tokenizer(model.tokenizer, target, prompts=goes_on)
     except ConversionError as error:
         return f"none is written: {error}"
     if family == "open_clip":

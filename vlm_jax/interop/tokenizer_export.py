@@ -25,20 +25,25 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 _SPACE = "▁"  # what SentencePiece writes for a space
 
 
-def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
+def export_tokenizer(tokenizer: Tokenizer, folder: Path, prompts: bool = False) -> str:
     """Writes the files; returns their names as a remark for the user.
+
+    Args:
+        tokenizer: ours.
+        folder: where.
+        prompts: whether texts go on there, as those of a language model do: no end token is put behind them.
 
     Raises:
         ConversionError: the other library has no such tokenizer.
         WeightsError: a file can't be written.
     """
-    if not tokenizer.config.sticky_eos and tokenizer.config.eos:
+    if not tokenizer.config.sticky_eos and tokenizer.config.eos and not prompts:
         raise ConversionError("transformers' tokenizers keep the end token of a text that is cut; sticky_eos is false")
     if isinstance(tokenizer.encoder, ClipBpe):
         return _export_clip(tokenizer, tokenizer.encoder, folder)
     special = {role: token for role, token in _special_tokens(tokenizer).items() if token is not None}
     fast = _fast_tokenizer(tokenizer)
-    fast.post_processor = _post_processor(tokenizer, special)
+    fast.post_processor = _post_processor(tokenizer, special, ends=not prompts)
     files.write_bytes(folder / FILE_NAME, fast.to_str(pretty=False).encode())
     settings: dict[str, Any] = {f"{role}_token": token for role, token in special.items()}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.length}
@@ -97,10 +102,10 @@ def _fast_tokenizer(tokenizer: Tokenizer) -> Any:
     return fast
 
 
-def _post_processor(tokenizer: Tokenizer, special: dict[str, str]) -> Any:
+def _post_processor(tokenizer: Tokenizer, special: dict[str, str], ends: bool) -> Any:
     """The start and end tokens that the conventions ask for."""
     config = tokenizer.config
-    used = [role for role, wanted in (("bos", config.bos), ("eos", config.eos)) if wanted]
+    used = [role for role, wanted in (("bos", config.bos), ("eos", config.eos and ends)) if wanted]
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     single = " ".join([*(special[r] for r in used if r == "bos"), "$A", *(special[r] for r in used if r == "eos")])
     return processors.TemplateProcessing(single=single, special_tokens=[(special[r], ids[r]) for r in used])
