@@ -211,7 +211,8 @@ def test_a_language_model_goes_on_or_chats(tmp_path: Path) -> None:
 def terminal(*arguments: str, lines: str = "") -> "subprocess.CompletedProcess[str]":
     """`python -m vlm_jax.chat` as a process of its own, with what is piped into it."""
     command = [sys.executable, "-m", "vlm_jax.chat", *arguments]
-    return subprocess.run(command, input=lines, env=os.environ, capture_output=True, text=True, timeout=300)
+    settings: Any = {"env": os.environ, "capture_output": True, "text": True, "errors": "surrogateescape"}
+    return subprocess.run(command, input=lines, timeout=300, **settings)
 
 
 def test_a_session_in_a_terminal(checkpoint: Any, answerer: Answerer, tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_a_session_in_a_terminal(checkpoint: Any, answerer: Answerer, tmp_path: 
         "",
         "/reset",
         "/what",
-        "What is one plus one?",
+        "What is one plus one, caf\udce9?",  # a byte that is no character
         "/quit",
         "not asked",
     ]
@@ -237,7 +238,7 @@ def test_a_session_in_a_terminal(checkpoint: Any, answerer: Answerer, tmp_path: 
     first = answerer.asked(answerer.begun(), lines[0], shown[:1])
     said = answerer.answers([first], LIKELIEST)
     second = answerer.asked(first.answered(said[0]), lines[3], shown[1:])
-    third = answerer.asked(answerer.begun(), lines[7])
+    third = answerer.asked(answerer.begun(), lines[7].replace("\udce9", "\ufffd"))
     said += answerer.answers([second], LIKELIEST) + answerer.answers([third], LIKELIEST)
     assert done.stdout == "".join(f"{text}\n" for text in said)
     problems = [line for line in done.stderr.splitlines() if "none.png" in line or "command" in line]

@@ -16,12 +16,15 @@ import pytest
 import tiny
 from PIL import Image
 
+from vlm_jax.answering import Answerer, read_image
 from vlm_jax.assemble import build_program
 from vlm_jax.config import Config, load_config
 from vlm_jax.data.chat_examples import ChatExamples
 from vlm_jax.data.chat_rows import PackedRows
+from vlm_jax.data.sources.chats import ImageFile, Turn
 from vlm_jax.data.text import build_tokenizer
 from vlm_jax.main import main
+from vlm_jax.models.generation import GenerationConfig
 
 CONFIG = """
 from pathlib import Path
@@ -202,6 +205,18 @@ def test_bad_conversations_are_counted_with_their_names_and_reasons(run: Run) ->
     unusable = [line for line in run.warnings if "can't be used" in line]
     assert len(unusable) == len(UNUSABLE)
     assert f"done: 2 steps; {len(UNUSABLE)} unusable records replaced" in run.output
+
+
+def test_a_run_answers_about_odd_images(run: Run, folder: Path) -> None:
+    """With its own tokenizer, template and tiles: the prompt is the evaluation's, the streamed text that of a batch."""
+    answerer = Answerer(folder / "run")
+    names, config = ("0.png", "1.png"), GenerationConfig(max_new_tokens=5)
+    asked = answerer.asked(answerer.begun(), Q, [read_image(folder / name) for name in names])
+    record = {"turns": (Turn("user", Q),), "images": tuple(ImageFile(name, str(folder)) for name in names)}
+    expected = run.maker.prompt(record | {"key": "a", "where": "b"})
+    assert expected["tile_count"] == 14
+    tiny.assert_trees_equal(answerer.row(asked), expected)
+    assert "".join(answerer.stream(asked, config)) == answerer.answers([asked], config)[0]
 
 
 def test_more_bad_conversations_than_the_budget_stop_the_run(

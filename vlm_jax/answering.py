@@ -158,7 +158,7 @@ class Answerer:
 
         Args:
             conversations: each ends with a question.
-            config: how; its end tokens and padding are the model's own, whatever they say.
+            config: how; end tokens and padding are the model's own, and there are no beams, whatever it says.
             seed: of sampling; None takes the likeliest tokens.
         """
         rows = _batch([self.row(conversation) for conversation in conversations])

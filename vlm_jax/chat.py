@@ -6,6 +6,7 @@ Each line is a question; the answer appears as it is written. What the model rea
 import argparse
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -64,7 +65,7 @@ class Chat:
         """An image that goes with the next question; raises `AnswerError`."""
         from vlm_jax.answering import read_image
 
-        self._images.append(read_image(path))
+        self._images.append(read_image(os.path.expanduser(path)))
 
     def ask(self, text: str) -> Iterator[str]:
         """The answer in pieces. Of a question that can't be answered, or is answered by nothing, nothing is kept.
@@ -140,8 +141,8 @@ def run(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     )
     for key, sentence in config.problems():
         raise AnswerError(f"--{key} {sentence}")
-    chat = Chat(Answerer(flags.checkpoint, flags.template, overrides), config, flags.seed if sampled else None,
-                flags.system)  # fmt: skip
+    answerer = Answerer(flags.checkpoint, flags.template, overrides)
+    chat = Chat(answerer, config, flags.seed if sampled else None, flags.system)
     for path in flags.image:
         chat.show(path)
     if flags.prompt is None:
@@ -164,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vlm_jax.checkpoint_format import CheckpointError
     from vlm_jax.schema import ConfigError
 
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets another, not an error
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # what is no character on either side becomes another, no error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:

@@ -159,6 +159,7 @@ def test_sentencepiece_round_trip_without_unknowns(pieces, text):
     ids = pieces([text])[0]
     assert sentencepieces.UNK_ID not in ids
     assert pieces.decode(ids) == " ".join(text.split())
+    assert pieces.encoder.decode([*ids, pieces.vocab_size, pieces.vocab_size + 40]) == pieces.encoder.decode(ids)
     assert ids.shape == (24,)
 
 

@@ -163,6 +163,8 @@ def test_what_does_not_fit_the_base_is_refused(root: Path, tmp_path: Path, capsy
         ([f"--from={tmp_path}", f"--base={root}/base"], "missing names: model.mm_projector.0.weight"),
         ([f"--from={root}/files/model.safetensors", f"--base={root}/base"], "holds more than a projector (lm_head"),
         ([f"--from={tmp_path}", f"--base={root}/base", "--tokenizer=none"], "with --base the base tells all else"),
+        ([f"--from={root}/release"], "holds a part of a model; name the checkpoint that takes it with --base"),
+        ([f"--from={tmp_path}/mm_projector.safetensors"], "holds a part of a model; name the checkpoint that takes it"),
     ):
         assert main(["import", *arguments, f"--to={tmp_path}/out"]) == 2, message
         assert message in capsys.readouterr().err

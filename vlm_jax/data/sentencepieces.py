@@ -52,8 +52,8 @@ class SentencePieces:
         return found if known and self._writer.is_control(found) else -1
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control tokens vanish."""
-        return self._reader.decode([int(i) for i in ids])
+        """The text of ids; control tokens vanish, and so do ids beyond the vocabulary, for which a model has rows."""
+        return self._reader.decode([int(i) for i in ids if i < self.vocab_size])
 
     def model_bytes(self) -> bytes:
         """The `*.model` file."""

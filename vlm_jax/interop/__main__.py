@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from vlm_jax.checkpoint_format import CheckpointError
-from vlm_jax.interop.adapters import export_part, import_part
+from vlm_jax.interop.adapters import export_part, import_part, needs_base
 from vlm_jax.interop.commands import export_weights, import_weights
 from vlm_jax.interop.files import WeightsError
 from vlm_jax.interop.formats import LIBRARIES
@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
             if any(flags.values()):
                 raise ConversionError("with --base the base tells all else; leave the other flags out")
             print(import_part(source, target, base))
+        elif action == "import" and needs_base(source):
+            raise ConversionError(f"{source} holds a part of a model; name the checkpoint that takes it with --base")
         elif part is not None:
             print(export_part(source, target, part=part, **flags))
         else:

@@ -58,6 +58,14 @@ _COMPUTED = {
 _IS_PROJECTOR = re.compile(r"(^|\.)(mm_projector|multi_modal_projector)\.")
 
 
+def needs_base(source: Path) -> bool:
+    """Whether a file or folder holds a part alone, which is imported onto a base."""
+    if not source.is_dir():
+        return source.name in (*PROJECTOR_FILES, *ADAPTER_FILES)
+    names = {path.name for path in source.iterdir()}
+    return not names.isdisjoint((SETTINGS, *PROJECTOR_FILES)) and names.isdisjoint(files.WEIGHT_FILES)
+
+
 def import_part(source: Path, target: Path, base: Path) -> str:
     """Writes the base with the projector of a file, or with an adapter (and the projector beside it), as a checkpoint.
 
@@ -264,4 +272,4 @@ def _adapter_settings(lora: LoraConfig, family: str) -> dict[str, Any]:
     }
 
 
-__all__ = ["adapter_rows", "export_part", "import_part"]
+__all__ = ["adapter_rows", "export_part", "import_part", "needs_base"]
