@@ -74,13 +74,16 @@ def ours(reference: Any) -> tuple[MlmModelConfig, Any, Any]:
     return config, params, besides
 
 
-def reference_states(model: Any, layers: list[bool]) -> np.ndarray:
-    """One pass through all layers by hand; `layers` says which of them look at the image."""
+def reference_states(model: Any, layers: list[bool], seen: np.ndarray | None = None) -> np.ndarray:
+    """One pass through all layers by hand; `layers` says which of them look at the image, and `seen` at what of it."""
     mask = torch.tensor(np.where(IDS == 0, -1e9, 0.0), dtype=torch.float32)[:, None, None, :]
+    image_mask = None if seen is None else torch.tensor(np.where(seen, 0.0, -1e9), dtype=torch.float32)[:, None, None]
     with torch.no_grad():
         x = model.bert.embeddings(torch.tensor(IDS, dtype=torch.long))
         for layer, looks in zip(model.bert.encoder.layer, layers, strict=True):
-            x = layer(x, mask, encoder_hidden_states=torch.tensor(IMAGE) if looks else None)
+            x = layer(
+                x, mask, encoder_hidden_states=torch.tensor(IMAGE) if looks else None, encoder_attention_mask=image_mask
+            )
     return x.numpy()
 
 
@@ -130,6 +133,23 @@ def test_every_second_layer_looks_at_the_image(reference: Any, ours: Any) -> Non
     run = jax.jit(lambda p, x: TextStack(fusion).apply({"params": {"blocks": p}}, x, jnp.asarray(IDS != 0), IMAGE))
     expected = reference_states(reference, [True, False] * 2)
     np.testing.assert_allclose(run(blocks, states)["tokens"], expected, atol=2e-5)  # pyright: ignore
+
+
+def test_what_is_padding_of_a_context_is_not_attended_to(reference: Any, ours: Any) -> None:
+    config, params, besides = ours
+    own = {name: value for name, value in params["text"].items() if name != "blocks"}
+    embed = TextEncoder(dataclasses.replace(config.text, depth=0))
+    stack = {key.name: getattr(config.text, key.name) for key in dataclasses.fields(TextStackConfig)}
+    fusion = TextStack(TextStackConfig(**stack | {"cross_every": 1}))  # pyright: ignore
+    layers = {"blocks": layer_params(params, besides, [(place, True) for place in range(LAYERS)])}
+    seen = np.asarray([[True] * 5, [True, False, True, True, False]])
+
+    @jax.jit
+    def run(own: Any, layers: Any) -> Any:
+        states = embed.apply({"params": own}, IDS)["tokens"]  # pyright: ignore
+        return fusion.apply({"params": layers}, states, jnp.asarray(IDS != 0), IMAGE, context_valid_BxS=seen)["tokens"]  # pyright: ignore
+
+    np.testing.assert_allclose(run(own, layers), reference_states(reference, [True] * LAYERS, seen), atol=2e-5)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ depths. Not for pre-norm towers such as CLIP's, which `text` has.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,13 @@ class MaskedWordHeadConfig:
         return 2 * tokens * inner * (width + encoder.vocab_size)
 
 
+class Context(NamedTuple):
+    """What the layers of a stack attend to besides their own tokens."""
+
+    tokens_BxSxC: jax.Array  # noqa: N815
+    valid_BxS: jax.Array | None = None  # noqa: N815 - bool, those that may be attended to; None: all
+
+
 class PostNormBlock(Block):
     """x = ln_1(x + attention x); with a context x = ln_cross(x + attention from x to it); x = ln_2(x + mlp x).
 
@@ -104,7 +112,7 @@ class PostNormBlock(Block):
         keys: jax.Array | None,
         mask: jax.Array | None,
         bias: jax.Array | None,
-        context_BxSxC: jax.Array | None,
+        context: Context | None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """As `Block`; `mask` and `bias` are those of the attention over x."""
         config, (index, rate) = self.config, layer
@@ -113,9 +121,9 @@ class PostNormBlock(Block):
             x_BxTxD, mask=mask, bias=bias, causal=self.causal, keys=fold_in(keys, 3)
         )
         x_BxTxD = self._norm("ln_1", self._add(x_BxTxD, branch, "layer_scale_1", rate, fold_in(keys, 0)))
-        if context_BxSxC is not None:
+        if context is not None:
             branch = self._attention(init, name="cross", dropout=config.attention_dropout)(
-                x_BxTxD, context_BxSxC, keys=fold_in(keys, 4)
+                x_BxTxD, context.tokens_BxSxC, mask=over_keys(context.valid_BxS), keys=fold_in(keys, 4)
             )
             x_BxTxD = self._norm("ln_cross", self._add(x_BxTxD, branch, "layer_scale_cross", rate, fold_in(keys, 2)))
         x_BxTxD = checkpoint_name(x_BxTxD, "middle")
@@ -141,14 +149,14 @@ class LayerGroup(nn.Module):
         keys: jax.Array | None,
         mask: jax.Array | None,
         bias: jax.Array | None,
-        context_BxSxC: jax.Array | None,
+        context: Context | None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """As `Block`."""
         (index, rate), size = layer, self.config.cross_every
         for place in range(size):
             block = PostNormBlock(self.config, self.initializers, self.causal, False, self.dtype, name=f"layer_{place}")
-            context = context_BxSxC if place == 0 else None
-            x_BxTxD, _ = block(x_BxTxD, (size * index + place, rate), keys, mask, bias, context)
+            own = context if place == 0 else None
+            x_BxTxD, _ = block(x_BxTxD, (size * index + place, rate), keys, mask, bias, own)
         return x_BxTxD, x_BxTxD if self.keep_output else None
 
 
@@ -157,7 +165,7 @@ def run_layers(
     x_BxTxD: jax.Array,
     valid_BxT: jax.Array | None,
     keys: jax.Array | None,
-    context_BxSxC: jax.Array | None = None,
+    context: Context | None = None,
     *,
     causal: bool = False,
     intermediates: bool = False,
@@ -170,7 +178,7 @@ def run_layers(
         x_BxTxD: embeddings, or hidden states of another stack of the same width.
         valid_BxT: bool, the tokens that may be attended to; None: all.
         keys: [B] keys of the rows, or None for no randomness.
-        context_BxSxC: what every `cross_every`-th layer attends to as well; given if and only if there are such layers.
+        context: what every `cross_every`-th layer attends to as well; given if and only if there are such layers.
         causal: whether a token sees only those before it.
         intermediates: whether to keep each layer's output, or that of each group of `cross_every` layers.
         dtype: compute dtype.
@@ -181,9 +189,8 @@ def run_layers(
     Raises:
         ValueError: a context without layers for it, or the other way round.
     """
-    if (context_BxSxC is None) != (config.cross_every == 0):
+    if (context is None) != (config.cross_every == 0):
         raise ValueError(f"cross_every = {config.cross_every}: a context is needed if and only if it is not 0")
-    mask = None if valid_BxT is None else valid_BxT[:, None, None, :]
     block: type[nn.Module] = PostNormBlock
     if config.cross_every > 1:
         block, config = LayerGroup, dataclasses.replace(config, depth=config.depth // config.cross_every)
@@ -191,8 +198,8 @@ def run_layers(
         config,
         x_BxTxD,
         keys,
-        mask=mask,
-        context_BxSxC=context_BxSxC,
+        mask=over_keys(valid_BxT),
+        context=context,
         causal=causal,
         intermediates=intermediates,
         dtype=dtype,
@@ -254,6 +261,11 @@ def valid_tokens(config: TextEncoderConfig, ids_BxT: jax.Array) -> jax.Array:
     return ids_BxT != config.pad_id
 
 
+def over_keys(valid_BxS: jax.Array | None) -> jax.Array | None:
+    """bool [B, S], what may be attended to -> a mask of attention [B, 1, 1, S]; None stays None."""
+    return None if valid_BxS is None else valid_BxS[:, None, None, :]
+
+
 class TextStack(nn.Module):
     """Layers that start from hidden states: the fusion encoder of ALBEF, or with `causal` a decoder of answers.
 
@@ -275,6 +287,7 @@ class TextStack(nn.Module):
         context_BxSxC: jax.Array | None = None,
         keys: jax.Array | None = None,
         *,
+        context_valid_BxS: jax.Array | None = None,
         intermediates: bool = False,
     ) -> dict[str, jax.Array]:
         """Goes on from hidden states.
@@ -284,6 +297,7 @@ class TextStack(nn.Module):
             valid_BxT: bool, the tokens that may be attended to; None: all.
             context_BxSxC: what is attended to besides, see `run_layers`.
             keys: [B] typed keys, one a row, or None at evaluation.
+            context_valid_BxS: bool, what of the context may be attended to; None: all.
             intermediates: whether to return every layer's output.
 
         Returns:
@@ -294,9 +308,9 @@ class TextStack(nn.Module):
             init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim).projection
             x = Linear((config.width,), ("embed", None), init, dtype=self.dtype, name="project")(x)
             x = constrain(x, "batch", "length", "embed")
-        embed = x
+        embed, context = x, None if context_BxSxC is None else Context(context_BxSxC, context_valid_BxS)
         x, blocks = run_layers(
-            config, x, valid_BxT, keys, context_BxSxC, causal=self.causal, intermediates=intermediates, dtype=self.dtype
+            config, x, valid_BxT, keys, context, causal=self.causal, intermediates=intermediates, dtype=self.dtype
         )
         return {"tokens": x} | ({} if blocks is None else {"embed": embed, "blocks": blocks})
 
