@@ -12,11 +12,13 @@ from vlm_jax.flops import count_dot_flops
 from vlm_jax.interop.hf_bert import HfBert, cross_rows
 from vlm_jax.interop.tables import from_params, to_params, within
 from vlm_jax.models.bert import MaskedWordHeadConfig, TextEncoder, TextStack, TextStackConfig
+from vlm_jax.models.grad_cam import attention_cam, token_cam
 from vlm_jax.models.transformer import stack_layers, unstack_layers
 from vlm_jax.objectives.mlm import MlmConfig, MlmModelConfig, MlmModule
 
 torch = pytest.importorskip("torch")
 from transformers import BertConfig, BertForMaskedLM  # noqa: E402 - transformers needs torch
+from transformers.models.bert import modeling_bert  # noqa: E402
 
 LAYERS, WIDTH = 4, 24
 IDS = np.asarray([[2, 7, 9, 11, 5, 0, 0], [2, 30, 31, 8, 9, 10, 12]], np.int32)
@@ -76,15 +78,20 @@ def ours(reference: Any) -> tuple[MlmModelConfig, Any, Any]:
 
 def reference_states(model: Any, layers: list[bool], seen: np.ndarray | None = None) -> np.ndarray:
     """One pass through all layers by hand; `layers` says which of them look at the image, and `seen` at what of it."""
+    with torch.no_grad():
+        return reference_pass(model, layers, seen)[1].numpy()
+
+
+def reference_pass(model: Any, layers: list[bool], seen: np.ndarray | None = None) -> tuple[Any, Any]:
+    """(embeddings, states) of torch, which may be differentiated."""
     mask = torch.tensor(np.where(IDS == 0, -1e9, 0.0), dtype=torch.float32)[:, None, None, :]
     image_mask = None if seen is None else torch.tensor(np.where(seen, 0.0, -1e9), dtype=torch.float32)[:, None, None]
-    with torch.no_grad():
-        x = model.bert.embeddings(torch.tensor(IDS, dtype=torch.long))
-        for layer, looks in zip(model.bert.encoder.layer, layers, strict=True):
-            x = layer(
-                x, mask, encoder_hidden_states=torch.tensor(IMAGE) if looks else None, encoder_attention_mask=image_mask
-            )
-    return x.numpy()
+    x = embeddings = model.bert.embeddings(torch.tensor(IDS, dtype=torch.long))
+    for layer, looks in zip(model.bert.encoder.layer, layers, strict=True):
+        x = layer(
+            x, mask, encoder_hidden_states=torch.tensor(IMAGE) if looks else None, encoder_attention_mask=image_mask
+        )
+    return embeddings, x
 
 
 def layer_params(params: Any, besides: Any, places: list[tuple[int, bool]]) -> Any:
@@ -150,6 +157,47 @@ def test_what_is_padding_of_a_context_is_not_attended_to(reference: Any, ours: A
         return fusion.apply({"params": layers}, states, jnp.asarray(IDS != 0), IMAGE, context_valid_BxS=seen)["tokens"]  # pyright: ignore
 
     np.testing.assert_allclose(run(own, layers), reference_states(reference, [True] * LAYERS, seen), atol=2e-5)
+
+
+@pytest.mark.parametrize(("looks", "layer"), [([True] * LAYERS, 2), ([True] * LAYERS, 3), ([True, False] * 2, 1)])
+def test_grad_cam_is_that_of_torch(
+    looks: list[bool], layer: int, reference: Any, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a score of the first token, by the weights with which torch multiplies; `layer` among those that look."""
+    config, params, besides = ours
+    seen: list[Any] = []
+
+    def kept(module: Any, *arguments: Any, **options: Any) -> Any:
+        out, weights = eager(module, *arguments, **options)
+        if module is reference.bert.encoder.layer[np.flatnonzero(looks)[layer]].crossattention.self:
+            seen.append(weights)
+        return out, weights
+
+    eager = modeling_bert.eager_attention_forward
+    monkeypatch.setattr(modeling_bert, "eager_attention_forward", kept)
+    direction = np.random.default_rng(1).normal(size=WIDTH).astype(np.float32)
+    states, expected = reference_pass(reference, looks)
+    (gradient,) = torch.autograd.grad((expected[:, 0] @ torch.tensor(direction)).sum(), seen[0])
+    stack = {key.name: getattr(config.text, key.name) for key in dataclasses.fields(TextStackConfig)}
+    fusion = TextStackConfig(**stack | {"cross_every": LAYERS // sum(looks)})  # pyright: ignore
+    size = fusion.cross_every
+    groups = [layer_params(params, besides, [(place, looks[place])]) for place in range(LAYERS)]
+    if size == 1:
+        blocks = jax.tree.map(lambda *leaves: np.concatenate(leaves), *groups)
+    else:
+        paired = [{f"layer_{i}": groups[size * g + i] for i in range(size)} for g in range(LAYERS // size)]
+        blocks = jax.tree.map(lambda *leaves: np.concatenate(leaves), *paired)
+    valid = jnp.asarray(IDS != 0)
+    run = jax.jit(lambda p, x: attention_cam(fusion, p, x, valid, IMAGE, layer, lambda x: x[:, 0] @ direction))
+    cam = run({"blocks": blocks}, states.detach().numpy())
+    wanted = gradient.clamp(min=0) * seen[0]
+    np.testing.assert_allclose(cam, wanted.detach(), atol=2e-6, rtol=1e-4)
+    assert (gradient < 0).any() and np.max(cam) > 1e-3
+    by_loops = [
+        np.mean([np.asarray(cam)[row, :, token].mean(axis=0) for token in np.flatnonzero(IDS[row])], axis=0)
+        for row in range(len(IDS))
+    ]
+    np.testing.assert_allclose(token_cam(cam, valid), by_loops, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

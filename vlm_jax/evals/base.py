@@ -21,7 +21,7 @@ Vectors = Literal["pooled", "embedding", "cls", "mean"]
 token, or the mean of the patches."""
 
 
-Offer = Literal["image_tokens", "reconstruct", "held_out_loss", "match_pairs", "answer"]
+Offer = Literal["image_tokens", "reconstruct", "held_out_loss", "match_pairs", "ground_pairs", "answer"]
 """What not every model gives."""
 
 
@@ -133,6 +133,17 @@ class Encoder(Protocol):
         don't belong together" and "they do"."""
         ...
 
+    def ground_pairs(
+        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array, layer: int
+    ) -> jax.Array:
+        """As `match_pairs` -> [P, rows, columns]: see `ModelObjective.ground_pairs`."""
+        ...
+
+    @property
+    def sees_whole_images(self) -> bool:
+        """Whether images are squashed to the model's square, so that places in one are places in the other."""
+        ...
+
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> int32 [n, L]."""
         ...
@@ -234,6 +245,7 @@ class EvalConfig(schema.Choice):
             accuracy,
             attentive_probe,
             few_shot,
+            grounding,
             held_out_loss,
             knn,
             linear_probe,
@@ -256,6 +268,7 @@ class EvalConfig(schema.Choice):
             "held_out_loss": held_out_loss.HeldOutLossConfig,
             "reconstructions": reconstructions.ReconstructionsConfig,
             "vqa": vqa.VqaConfig,
+            "grounding": grounding.GroundingConfig,
         }
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -64,6 +64,7 @@ class MeshEncoder:
         self._answer = jax.jit(objective.answer, static_argnums=2)
         self._match_images = jax.jit(objective.match_images, out_shardings=replicated(mesh))
         self._match_texts, self._match_pairs = jax.jit(objective.match_texts), jax.jit(objective.match_pairs)
+        self._ground_pairs = jax.jit(objective.ground_pairs, static_argnums=4)
 
     @property
     def reads_text(self) -> bool:
@@ -173,6 +174,18 @@ class MeshEncoder:
         """int32 [P, 2] -> [P, 2]."""
         with jax.set_mesh(self._mesh):
             return self._match_pairs(params, images_BxSxC, texts, pairs_Px2)
+
+    def ground_pairs(
+        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array, layer: int
+    ) -> jax.Array:
+        """int32 [P, 2] -> [P, rows, columns]."""
+        with jax.set_mesh(self._mesh):
+            return self._ground_pairs(params, images_BxSxC, texts, pairs_Px2, layer)
+
+    @property
+    def sees_whole_images(self) -> bool:
+        """Whether preprocessing keeps all of an image."""
+        return self._objective.preprocess.resize == "squash"
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> int32 [n, L]; raises `ConfigError` for a model without a tokenizer."""

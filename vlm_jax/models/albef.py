@@ -47,28 +47,17 @@ def deit_b16(image_size: int = 256) -> ViTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AlbefModelConfig:
+class PairEncoderConfig:
     """The three encoders; the defaults are the published ones, a ViT-B/16 and the two halves of a BERT-base."""
 
     image: ImageTowerConfig = dataclasses.field(default_factory=deit_b16)  # the image tower
     text: TextEncoderConfig = TextEncoderConfig(depth=6)  # the text encoder
     fusion: TextStackConfig = TextStackConfig(depth=6, cross_every=1)  # the encoder of pairs
-    words: MaskedWordHeadConfig = MaskedWordHeadConfig()  # what predicts hidden words
-    embed_dim: int = 256  # dimension of the space in which images and texts are compared
-    # layer of the text encoder, counted from 1, whose class token is compared with images; 0: the last one
-    feature_layer: int = 0
-    temperature_init: float = 0.07  # start of the learned temperature, which divides cosines
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that can't be built."""
-        if self.embed_dim < 1:
-            yield "embed_dim", f"= {self.embed_dim} must be at least 1"
-        if not self.image.pools:
-            yield "image.pool", "= 'none' leaves no vector to compare with the text; use 'cls', 'mean' or 'map'"
         if not self.fusion.cross_every or not self.fusion.depth:
             yield "fusion.cross_every", "= 0, or no layer at all, would fuse nothing; use 1, and depth 1 or more"
-        if not 0 <= self.feature_layer <= self.text.depth:
-            yield "feature_layer", f"= {self.feature_layer} is no layer of a text encoder of {self.text.depth}"
 
     def text_flops(self, tokens: int) -> int:
         """Model FLOPs of one text's states."""
@@ -81,7 +70,62 @@ class AlbefModelConfig:
         return project + fusion.stack_flops(tokens, self.image.token_count, self.image.token_width)
 
 
-class Albef(nn.Module):
+@dataclasses.dataclass(frozen=True)
+class AlbefModelConfig(PairEncoderConfig):
+    """The encoders, and what compares images with texts, matches pairs and predicts words."""
+
+    words: MaskedWordHeadConfig = MaskedWordHeadConfig()  # what predicts hidden words
+    embed_dim: int = 256  # dimension of the space in which images and texts are compared
+    # layer of the text encoder, counted from 1, whose class token is compared with images; 0: the last one
+    feature_layer: int = 0
+    temperature_init: float = 0.07  # start of the learned temperature, which divides cosines
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Values that can't be built."""
+        yield from super().problems()
+        if self.embed_dim < 1:
+            yield "embed_dim", f"= {self.embed_dim} must be at least 1"
+        if not self.image.pools:
+            yield "image.pool", "= 'none' leaves no vector to compare with the text; use 'cls', 'mean' or 'map'"
+        if not 0 <= self.feature_layer <= self.text.depth:
+            yield "feature_layer", f"= {self.feature_layer} is no layer of a text encoder of {self.text.depth}"
+
+
+class PairEncoder(nn.Module):
+    """Parameters: `image/...`, `text/...`, `fusion/...`; subclasses add heads.
+
+    Attributes:
+        config: the encoders.
+        dtype: compute dtype; parameters, features and scores of pairs are fp32.
+    """
+
+    config: PairEncoderConfig
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Declares the encoders."""
+        self.image = self.config.image.build(None, self.dtype)
+        self.text = TextEncoder(self.config.text, self.dtype)
+        self.fusion = TextStack(self.config.fusion, self.dtype)
+
+    def image_states(
+        self, images: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False
+    ) -> dict[str, jax.Array]:
+        """Normalised float [B, H, W, 3] -> the tower's outputs."""
+        return self.image(images, keys, intermediates=intermediates)
+
+    def valid(self, texts: jax.Array) -> jax.Array:
+        """int32 [B, T] -> bool [B, T], the tokens that are no padding."""
+        return valid_tokens(self.config.text, texts)
+
+    def fuse(
+        self, text_BxTxD: jax.Array, valid_BxT: jax.Array, image_BxSxC: jax.Array, keys: jax.Array | None = None
+    ) -> jax.Array:
+        """States of texts and tokens of images -> states of pairs [B, T, D]; `valid` are the tokens of the texts."""
+        return self.fusion(text_BxTxD, valid_BxT, image_BxSxC, keys)["tokens"]
+
+
+class Albef(PairEncoder):
     """Parameters: `image/...`, `image_projection`, `text/...`, `text_projection`, `fusion/...`, `words/...`,
     `matching_head`, and `temperature` ().
 
@@ -95,10 +139,8 @@ class Albef(nn.Module):
 
     def setup(self) -> None:
         """Declares encoders and heads."""
+        super().setup()
         config, embed = self.config, ("embed", "joint")
-        self.image = config.image.build(None, self.dtype)
-        self.text = TextEncoder(config.text, self.dtype)
-        self.fusion = TextStack(config.fusion, self.dtype)
         self.words = MaskedWordHead(config.words, config.text, self.dtype)
         self.image_projection = _head(config.embed_dim, config.image.pooled_width, embed, self.dtype)
         self.text_projection = _head(config.embed_dim, config.text.width, embed, self.dtype)
@@ -143,12 +185,6 @@ class Albef(nn.Module):
         outputs = self.image_states(images, keys, intermediates=intermediates)
         return outputs | {"features": self.image_features(outputs["pooled"])}
 
-    def image_states(
-        self, images: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False
-    ) -> dict[str, jax.Array]:
-        """Normalised float [B, H, W, 3] -> the tower's outputs."""
-        return self.image(images, keys, intermediates=intermediates)
-
     def image_features(self, pooled_BxD: jax.Array) -> jax.Array:
         """ "pooled" of `image_states` -> features [B, E] fp32 of unit length."""
         return _features(self.image_projection(pooled_BxD))
@@ -176,16 +212,6 @@ class Albef(nn.Module):
         """ "summary" of `text_states` -> features [B, E] fp32 of unit length."""
         return _features(self.text_projection(summary_BxD))
 
-    def valid(self, texts: jax.Array) -> jax.Array:
-        """int32 [B, T] -> bool [B, T], the tokens that are no padding."""
-        return valid_tokens(self.config.text, texts)
-
-    def fuse(
-        self, text_BxTxD: jax.Array, valid_BxT: jax.Array, image_BxSxC: jax.Array, keys: jax.Array | None = None
-    ) -> jax.Array:
-        """States of texts and tokens of images -> states of pairs [B, T, D]; `valid` are the tokens of the texts."""
-        return self.fusion(text_BxTxD, valid_BxT, image_BxSxC, keys)["tokens"]
-
     def match(self, fused_BxTxD: jax.Array) -> jax.Array:
         """States of pairs -> fp32 [B, 2]: the scores of "they don't belong together" and, at `MATCHED`, "they do"."""
         return self.matching_head(fused_BxTxD[:, 0])
@@ -209,4 +235,4 @@ def _head(features: int, width: int, names: tuple[str | None, ...], dtype: Dtype
     return Linear((features,), names, torch_linear(width), torch_linear(width), dtype=dtype)
 
 
-__all__ = ["MATCHED", "Albef", "AlbefModelConfig", "deit_b16"]
+__all__ = ["MATCHED", "Albef", "AlbefModelConfig", "PairEncoder", "PairEncoderConfig", "deit_b16"]

@@ -12,7 +12,7 @@ from vlm_jax.mesh import constrain
 from vlm_jax.models.initializers import Initializers
 from vlm_jax.models.linear import Linear
 from vlm_jax.models.rotary import Rotary, rotate
-from vlm_jax.models.softmax_attention import dropped_attention, softmax_attention
+from vlm_jax.models.softmax_attention import attention_weights, dropped_attention, softmax_attention
 from vlm_jax.models.splash import splash_attention
 
 AttentionImpl = Literal["auto", "xla", "cudnn", "flash"]
@@ -166,17 +166,24 @@ class Attention(nn.Module):
         mask: jax.Array | None = None,
         causal: bool = False,
         keys: jax.Array | None = None,
+        perturbation_BxHxTxS: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, D] (and a context [B, S, C]) -> [B, T, D]; `bias`, `mask` and `causal` as in `attend`.
 
-        `keys` are those of the rows for dropout, or None at evaluation. Dropout does not go with a bias.
+        `keys` are those of the rows for dropout, or None at evaluation. Dropout does not go with a bias. To the weights
+        of attention a `perturbation` is added, zeros by which a result may be differentiated; the weights themselves
+        are then sown as "weights", fp32 [B, H, T, S], into the collection "intermediates". It goes with neither.
         """
         width = x_BxTxD.shape[-1]
         sources = {"query": x_BxTxD, "key": x_BxTxD, "value": x_BxTxD}
         if context_BxSxC is not None:
             sources |= {"key": context_BxSxC, "value": context_BxSxC}
         q, k, v = (self._split_heads(name, x, self.heads, width // self.heads) for name, x in sources.items())
-        if self.dropout and keys is not None:
+        if perturbation_BxHxTxS is not None:
+            weights = attention_weights(q, k, mask, causal)
+            self.sow("intermediates", "weights", weights)
+            context = jnp.einsum("BHTS,BSHD->BTHD", (weights + perturbation_BxHxTxS).astype(v.dtype), v)
+        elif self.dropout and keys is not None:
             context = dropped_attention(q, k, v, mask, causal, self.dropout, keys)
         else:
             context = attend(q, k, v, bias=bias, mask=mask, causal=causal, impl=self.impl)

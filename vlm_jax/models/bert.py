@@ -94,6 +94,7 @@ class Context(NamedTuple):
 
     tokens_BxSxC: jax.Array  # noqa: N815
     valid_BxS: jax.Array | None = None  # noqa: N815 - bool, those that may be attended to; None: all
+    perturbation_BxHxTxS: jax.Array | None = None  # noqa: N815 - as of `Attention`
 
 
 class PostNormBlock(Block):
@@ -123,7 +124,11 @@ class PostNormBlock(Block):
         x_BxTxD = self._norm("ln_1", self._add(x_BxTxD, branch, "layer_scale_1", rate, fold_in(keys, 0)))
         if context is not None:
             branch = self._attention(init, name="cross", dropout=config.attention_dropout)(
-                x_BxTxD, context.tokens_BxSxC, mask=over_keys(context.valid_BxS), keys=fold_in(keys, 4)
+                x_BxTxD,
+                context.tokens_BxSxC,
+                mask=over_keys(context.valid_BxS),
+                keys=fold_in(keys, 4),
+                perturbation_BxHxTxS=context.perturbation_BxHxTxS,
             )
             x_BxTxD = self._norm("ln_cross", self._add(x_BxTxD, branch, "layer_scale_cross", rate, fold_in(keys, 2)))
         x_BxTxD = checkpoint_name(x_BxTxD, "middle")
@@ -191,11 +196,9 @@ def run_layers(
     """
     if (context is None) != (config.cross_every == 0):
         raise ValueError(f"cross_every = {config.cross_every}: a context is needed if and only if it is not 0")
-    block: type[nn.Module] = PostNormBlock
-    if config.cross_every > 1:
-        block, config = LayerGroup, dataclasses.replace(config, depth=config.depth // config.cross_every)
+    block, groups = layer_kind(config)
     return run_blocks(
-        config,
+        dataclasses.replace(config, depth=groups),
         x_BxTxD,
         keys,
         mask=over_keys(valid_BxT),
@@ -205,6 +208,13 @@ def run_layers(
         dtype=dtype,
         block=block,
     )
+
+
+def layer_kind(config: TextStackConfig) -> tuple[type[nn.Module], int]:
+    """What a stack repeats, a layer or a group of layers, and how often."""
+    if config.cross_every > 1:
+        return LayerGroup, config.depth // config.cross_every
+    return PostNormBlock, config.depth
 
 
 class TextEncoder(nn.Module):
@@ -346,6 +356,7 @@ class MaskedWordHead(nn.Module):
 
 
 __all__ = [
+    "Context",
     "MaskedWordHead",
     "MaskedWordHeadConfig",
     "PostNormBlock",
@@ -353,5 +364,7 @@ __all__ = [
     "TextEncoderConfig",
     "TextStack",
     "TextStackConfig",
+    "layer_kind",
+    "over_keys",
     "valid_tokens",
 ]

@@ -266,6 +266,15 @@ class ModelObjective(Objective):
         """int32 [P, 2], pairs of (row of the images, row of the texts) -> fp32 [P, 2]: scores of "no" and "yes"."""
         raise TypeError(f"{type(self).__name__} tells of no pair whether it belongs together")
 
+    def ground_pairs(
+        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array, layer: int
+    ) -> jax.Array:
+        """As `match_pairs`, but on which patches of the image "yes" rests, fp32 [P, rows, columns].
+
+        `layer` is the one whose look at the image is asked, counted from 1 among those that have one.
+        """
+        raise TypeError(f"{type(self).__name__} tells of no pair whether it belongs together")
+
     def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] and int32 texts [P, L] -> fp32 [B, P]; the higher, the better they match."""
         raise TypeError(f"{type(self).__name__} compares images and texts by their features")
