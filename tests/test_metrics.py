@@ -165,3 +165,19 @@ def test_write_json_replaces_the_file_as_a_whole(tmp_path, monkeypatch):
 def test_mean_of_a_pair():
     assert metrics.mean((np.float32(3), np.float32(4))) == 0.75
     assert math.isnan(metrics.mean((0.0, 0)))
+
+
+def test_texts_and_predictions_are_files_and_texts_are_in_tensorboard(tmp_path, writer):
+    writer.text(7, "generate/x/answers", "answer: **rot** 日")
+    writer.predictions(7, "vqa/x", [{"question_id": 1, "answer": "日"}, {"question_id": "b", "answer": "no"}])
+    run = tmp_path / "run"
+    assert (run / "texts" / "generate-x-answers-00000007.md").read_text(encoding="utf-8") == "answer: **rot** 日"
+    lines = (run / "predictions" / "vqa-x-00000007.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"question_id": 1, "answer": "日"},
+        {"question_id": "b", "answer": "no"},
+    ]
+    (value,) = [value for event in read_events(run) for value in event.summary.value]
+    assert value.tag.startswith("generate/x/answers")
+    assert value.metadata.plugin_data.plugin_name == "text"
+    assert value.tensor.string_val[0].decode() == "answer: **rot** 日"

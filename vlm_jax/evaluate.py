@@ -23,7 +23,7 @@ def evaluate(
     writer: MetricWriter,
     report: Callable[[BenchmarkEntry], None] | None = None,
 ) -> dict[str, float]:
-    """Runs evaluators one after the other; their numbers and pictures go to the writer, entries to `report`.
+    """Runs evaluators one after the other; their numbers, pictures and texts go to the writer, entries to `report`.
 
     Returns:
         The numbers.
@@ -34,6 +34,10 @@ def evaluate(
         metrics |= result.metrics
         for name, image in result.images.items():
             writer.image(step, name, image)
+        for name, text in result.texts.items():
+            writer.text(step, name, text)
+        for name, lines in result.predictions.items():
+            writer.predictions(step, name, lines)
         if report is not None and result.benchmark is not None:
             report(result.benchmark)
     writer.scalars(step, metrics)

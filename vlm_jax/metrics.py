@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, pictures and `eval.json` in the workdir.
+"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, pictures, predictions and `eval.json` in the workdir.
 
 It writes what it is given. It computes no metric, decides no interval and prints nothing (`vlm_jax.console` does).
 """
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -70,7 +70,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class MetricWriter:
-    """Scalars and images of one run, written by its primary process alone.
+    """Scalars, images and texts of one run, written by its primary process alone.
 
     `metrics.jsonl` holds one JSON object a line: `{"step": 120, "time": <Unix seconds>, "loss": 1.25, ...}`. Floats
     are written so that reading them gives the same bits back; NaN and infinities appear as `NaN` and `Infinity`, which
@@ -135,6 +135,23 @@ class MetricWriter:
             folder.mkdir(exist_ok=True)
             Image.fromarray(image_HxWxC).save(path)
         self._add_events([summary.image(name, image_HxWxC, dataformats="HWC")], int(step), self._clock())
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Writes a text to TensorBoard and to `texts/<name>-<step>.md`, `/` in names as `-`."""
+        if not self._is_primary:
+            return
+        path = self._workdir / "texts" / f"{name.replace('/', '-')}-{step:08d}.md"
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(markdown, encoding="utf-8")
+        self._add_events([summary.text(name, markdown)], int(step), self._clock())
+
+    def predictions(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Writes `predictions/<name>-<step>.jsonl`, `/` in names as `-`, an object a line."""
+        if not self._is_primary:
+            return
+        path = self._workdir / "predictions" / f"{name.replace('/', '-')}-{step:08d}.jsonl"
+        _write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
     def truncate_after(self, step: int) -> list[dict[str, Any]]:
         """Forgets what a run wrote beyond `step`, the step it was restored at, so that no step is logged twice.

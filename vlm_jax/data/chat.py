@@ -58,6 +58,11 @@ class Document:
         return sum(self.tiles)
 
 
+def marked(spans: Sequence[tuple[str, bool]]) -> str:
+    """Spans of a document as one text, what is learned in [[double brackets]]."""
+    return " ".join(f"[[{text}]]" if learned else text for text, learned in spans)
+
+
 class Vocabulary:
     """A tokenizer as conversations need it.
 
@@ -206,20 +211,26 @@ class ChatWriter:
         text = self.vocabulary.tokenizer.encoder.decode(ids[: ends[0]] if ends else ids)
         return text if self.end_ids else text.partition("\n")[0]
 
-    def shown(self, document: Document) -> str:
-        """The document for people: what is learned in [[double brackets]], tokens without a text as <id>."""
+    def spans(self, document: Document) -> list[tuple[str, bool]]:
+        """The document for people: texts, and whether they are learned, in turn; tokens without a text as <id>."""
         decode = self.vocabulary.tokenizer.encoder.decode
         alone = [not decode([int(token)]).strip("\ufffd") for token in document.ids]
         kinds = zip(document.supervised.tolist(), (document.slots != NO_SLOT).tolist(), alone, strict=True)
-        runs: list[str] = []
+        spans: list[tuple[str, bool]] = []
         place = 0
         for (learned, image, single), group in itertools.groupby(kinds):
             ids = document.ids[place : place + len(list(group))].tolist()
             place += len(ids)
             text = "".join(f"<{token}>" for token in ids) if single else decode(ids)
             text = f"<{len(ids)} tokens of images>" if image else text
-            runs.append(f"[[{text}]]" if learned else text)
-        return " ".join(runs).replace("]] [[", " ")
+            if spans and spans[-1][1] == learned:
+                text = f"{spans.pop()[0]} {text}"
+            spans.append((text, learned))
+        return spans
+
+    def shown(self, document: Document) -> str:
+        """The document as one text, what is learned in [[double brackets]]."""
+        return marked(self.spans(document))
 
     def document(self, record: Record) -> Document:
         """The whole conversation; of a record with a caption, its first one as the answer to the image.

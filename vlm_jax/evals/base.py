@@ -102,6 +102,14 @@ class Encoder(Protocol):
         """The texts of answers, without what ends them."""
         ...
 
+    def spans(self, record: Record) -> list[tuple[str, bool]]:
+        """A record as a row of training, for people: texts, and whether they are learned, in turn.
+
+        Raises:
+            BadRecord: it can't be used, as when its answer isn't known.
+        """
+        ...
+
     def blanked(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         """A batch of conversations whose images all have the mean colour, 0 once they are normalised."""
         ...
@@ -199,11 +207,15 @@ class EvalResult:
         metrics: flat name -> value, such as `zero_shot/digits/top1`; the same on every process. Shares are in 0..1.
         images: flat name -> uint8 [H, W, 3], on the primary process; empty on the others.
         benchmark: the same numbers as CLIP_benchmark names them, for tasks that it has.
+        texts: flat name -> Markdown.
+        predictions: flat name -> an object for each example, ready for JSON.
     """
 
     metrics: dict[str, float]
     images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     benchmark: BenchmarkEntry | None = None
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    predictions: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
 class EvalError(ValueError):
@@ -245,6 +257,7 @@ class EvalConfig(schema.Choice):
             accuracy,
             attentive_probe,
             few_shot,
+            generate,
             grounding,
             held_out_loss,
             knn,
@@ -269,6 +282,7 @@ class EvalConfig(schema.Choice):
             "reconstructions": reconstructions.ReconstructionsConfig,
             "vqa": vqa.VqaConfig,
             "grounding": grounding.GroundingConfig,
+            "generate": generate.GenerateConfig,
         }
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -130,6 +130,10 @@ class MeshEncoder:
         """int32 [N, L] -> N texts."""
         return [self._chat.writer.text(row.tolist()) for row in ids_NxL]
 
+    def spans(self, record: Record) -> list[tuple[str, bool]]:
+        """A record as a row of training: texts, and whether they are learned; raises `BadRecord`."""
+        return self._chat.writer.spans(self._chat.fitted(record)[0])
+
     def blanked(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
         """The batch with tiles of the mean colour."""
         colour = np.round(255 * np.asarray(self._objective.preprocess.mean)).astype(np.uint8)

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlm_jax.data.sources.array_record import ArrayRecordConfig
 from vlm_jax.data.sources.base import BadRecord, Record, Source, SourceConfig, keys_at
+from vlm_jax.data.sources.benchmark import BenchmarkConfig
 from vlm_jax.data.sources.class_folders import ClassFoldersConfig, class_folders, image_files
 from vlm_jax.data.sources.digits import DigitsConfig
 from vlm_jax.data.sources.json_lists import JsonListsConfig
@@ -37,6 +38,7 @@ KINDS: dict[str, type[Any]] = {
     "mixture": MixtureConfig,
     "subset": SubsetConfig,
     "mismatched": MismatchedConfig,
+    "benchmark": BenchmarkConfig,
 }
 
 
@@ -83,9 +85,10 @@ def source_at(path: str, source: SourceConfig, path_key: str, source_key: str, c
         with keys_at(f"{source_key}.path", f"{source_key}."):
             return source.build(cache_dir)
     with keys_at(path_key, f"{source_key}."):
-        # A *.jsonl may hold images with captions or documents, a *.json captions or conversations: the source that is
-        # there tells.
-        named = source if isinstance(source, TextFilesConfig | JsonListsConfig) else source_for_path(path)
+        # A *.jsonl may hold images with captions, documents or questions, a *.json captions or conversations: the
+        # source that is there tells.
+        told = isinstance(source, TextFilesConfig | JsonListsConfig | BenchmarkConfig)
+        named = source if told else source_for_path(path)
     others = f"{source_key}."
     if isinstance(source, type(named)):
         named = dataclasses.replace(source, path=path)
@@ -132,6 +135,7 @@ __all__ = [
     "KINDS",
     "ArrayRecordConfig",
     "BadRecord",
+    "BenchmarkConfig",
     "ClassFoldersConfig",
     "CsvConfig",
     "DigitsConfig",

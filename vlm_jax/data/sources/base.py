@@ -18,7 +18,8 @@ empty), `key`, `where` (the shard or file it came from), for labelled sources `l
 probability of each caption) where the source gives its captions different ones, `image_id` (text) where several
 records may hold one image, and `no_caption` (why `texts` is empty) where a caption was looked for: who needs one raises
 `BadRecord` with it, who reads the image alone doesn't. A conversation has `turns` and `images` instead of `image` (see
-`chats`), and `notes` on what was left out of it. Sources of documents have `texts` and no `image`."""
+`chats`), and `notes` on what was left out of it; a question of a benchmark has `question` and `reference` instead of
+`turns` (see `benchmark`). Sources of documents have `texts` and no `image`."""
 
 
 class BadRecord(Exception):  # noqa: N818 - it names the record, and most are replaced

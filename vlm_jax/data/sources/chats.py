@@ -189,14 +189,26 @@ def message_texts(turns: Sequence[Turn]) -> tuple[str, ...]:
     return tuple(turn.text for turn in turns if turn.text.strip())
 
 
+def question_turns(question: str, answer: str, images: int, placeholder: str) -> tuple[Turn, ...]:
+    """A question behind the placeholders of its images, each on a line of its own, and the answer if there is one."""
+    front = f"{placeholder}\n" * images if placeholder else ""
+    asked = Turn("user", front + question)
+    return (asked, Turn("assistant", answer)) if answer else (asked,)
+
+
 def conversation_of(record: Record, placeholder: str) -> Record:
-    """The record itself if it is a conversation; else a caption as one, in which the user shows the image alone.
+    """The record itself if it is a conversation; else a question or a caption as one.
+
+    Of a record with a caption the user shows the image alone.
 
     Raises:
         BadRecord: it has neither turns nor a caption.
     """
     if "turns" in record:
         return record
+    if "question" in record:
+        count = len(record["images"])
+        return {**record, "turns": question_turns(record["question"], record["reference"], count, placeholder)}
     if not record["texts"]:
         raise BadRecord(record["where"], record["key"], record.get("no_caption", "it has no caption"))
     image = record["image"]
