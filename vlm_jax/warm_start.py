@@ -61,7 +61,8 @@ class InitFrom:
 
     # parameters that come from other sources, before all else; the first part whose pattern matches
     parts: tuple[InitPart, ...] = ()
-    # also what the source's method keeps beside its parameters: an averaged model, queues (ALBEF)
+    # also what the source's method keeps beside its parameters: an averaged model, queues (ALBEF); the rules of `map`
+    # see its paths too
     extra: bool = False
     # the tokenizer of the source instead of the one that config.data.tokenizer describes
     tokenizer: bool = False
@@ -157,11 +158,13 @@ def warm_extra(extra: Any, init_from: InitFrom, new_config: Mapping[str, Any]) -
     directory = find_step(init_from.path)
     meta, ours = read_meta(directory), flatten_paths(extra)
     manifest = meta["manifest"]
-    problems = [f"{path}: not in the source" for path in ours if f"extra/{path}" not in manifest]
+    # Copies of parameters come from where the parameters do.
+    sources = {path: _mapped(init_from.map, path)[0] for path in ours}
+    problems = [f"{path}: not in the source" for path in ours if f"extra/{sources[path]}" not in manifest]
     resizes = {}
     for path, leaf in ours.items():
-        if entry := manifest.get(f"extra/{path}"):
-            old, configs = (path, entry["shape"]), (meta["config"], new_config)
+        if entry := manifest.get(f"extra/{sources[path]}"):
+            old, configs = (sources[path], entry["shape"]), (meta["config"], new_config)
             resize, sentences = fit(init_from.resize, old, (path, leaf.shape), configs)
             problems += sentences
             resizes |= {} if resize is None else {path: resize}
@@ -172,10 +175,11 @@ def warm_extra(extra: Any, init_from: InitFrom, new_config: Mapping[str, Any]) -
         )
     wanted = {}
     for path, leaf in ours.items():
-        entry, sharding = manifest[f"extra/{path}"], leaf.sharding
+        entry, sharding = manifest[f"extra/{sources[path]}"], leaf.sharding
         sharding = _replicated(sharding) if path in resizes else sharding
-        wanted[f"extra/{path}"] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
-    arrays = {path.removeprefix("extra/"): x for path, x in read_arrays(directory, manifest, wanted).items()}
+        wanted[f"extra/{sources[path]}"] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
+    found = read_arrays(directory, manifest, wanted)
+    arrays = {path: found[f"extra/{source}"] for path, source in sources.items()}
     for path, resize in resizes.items():
         arrays[path] = jax.device_put(resize(np.asarray(arrays[path])), ours[path].sharding)
     new = [arrays[path].astype(leaf.dtype) for path, leaf in ours.items()]
@@ -235,12 +239,9 @@ def _match(init_from: InitFrom, ours: list[str], source: list[str], whole: bool)
         if skipped := [pattern for pattern in init_from.skip if re.fullmatch(pattern, path)]:
             used.update(("skip", pattern) for pattern in skipped)
             continue
-        source_path = path
-        for pattern, replacement in init_from.map:
-            if match := re.fullmatch(pattern, path):
-                source_path = match.expand(replacement)
-                used.add(("map", pattern))
-                break
+        source_path, pattern = _mapped(init_from.map, path)
+        if pattern is not None:
+            used.add(("map", pattern))
         if source_path in source:
             sources[path] = source_path
         else:
@@ -256,6 +257,14 @@ def _match(init_from: InitFrom, ours: list[str], source: list[str], whole: bool)
         f"init_from.{key}: {pattern!r} matches nothing" for key, pattern in rules if (key, pattern) not in used
     ]
     return sources, problems
+
+
+def _mapped(rules: Sequence[tuple[str, str]], path: str) -> tuple[str, str | None]:
+    """(path in the source, the pattern that says so, if one does)."""
+    for pattern, replacement in rules:
+        if match := re.fullmatch(pattern, path):
+            return match.expand(replacement), pattern
+    return path, None
 
 
 def _replicated(sharding: Sharding) -> Sharding:

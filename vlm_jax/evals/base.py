@@ -21,7 +21,7 @@ Vectors = Literal["pooled", "embedding", "cls", "mean"]
 token, or the mean of the patches."""
 
 
-Offer = Literal["image_tokens", "reconstruct", "held_out_loss", "match_pairs", "ground_pairs", "answer"]
+Offer = Literal["image_tokens", "reconstruct", "held_out_loss", "match_pairs", "ground_pairs", "answer", "rank_answers"]
 """What not every model gives."""
 
 
@@ -98,6 +98,25 @@ class Encoder(Protocol):
         """A batch of `prompt_batches` -> int32 [B, max_new_tokens], what the model says; `blank` as `blanked`."""
         ...
 
+    def answer_rows(self, answers: Sequence[str]) -> np.ndarray:
+        """Answers as `rank_answers` takes them, int32 [N, L]."""
+        ...
+
+    def rank_answers(
+        self,
+        params: Any,
+        batch: Mapping[str, jax.Array],
+        answers_NxL: np.ndarray,
+        k: int,
+        first_twice: bool,
+        blank: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """A batch of `prompt_batches` -> (places of answers int32 [B, k], best first; log of their shares [B, k]).
+
+        See `ModelObjective.rank_answers`; `blank` as `blanked`.
+        """
+        ...
+
     def written(self, ids_NxL: np.ndarray) -> list[str]:
         """The texts of answers, without what ends them."""
         ...
@@ -111,7 +130,7 @@ class Encoder(Protocol):
         ...
 
     def blanked(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-        """A batch of conversations whose images all have the mean colour, 0 once they are normalised."""
+        """A batch of questions or conversations whose images all have the mean colour, 0 once they are normalised."""
         ...
 
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
@@ -255,6 +274,7 @@ class EvalConfig(schema.Choice):
         # Here and not on top: the members' modules import this one.
         from vlm_jax.evals import (
             accuracy,
+            answer_ranking,
             attentive_probe,
             few_shot,
             generate,
@@ -281,6 +301,7 @@ class EvalConfig(schema.Choice):
             "held_out_loss": held_out_loss.HeldOutLossConfig,
             "reconstructions": reconstructions.ReconstructionsConfig,
             "vqa": vqa.VqaConfig,
+            "answer_ranking": answer_ranking.AnswerRankingConfig,
             "grounding": grounding.GroundingConfig,
             "generate": generate.GenerateConfig,
         }

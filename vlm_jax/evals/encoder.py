@@ -12,6 +12,7 @@ from vlm_jax.data.chat_examples import ChatExamples
 from vlm_jax.data.examples import Example, LabelledImages, Views
 from vlm_jax.data.images import AugmentConfig
 from vlm_jax.data.pipeline import DataConfig, EvalBatches, TrainLoader, eval_batches
+from vlm_jax.data.question_examples import QuestionExamples
 from vlm_jax.data.sources import Record, Source
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.evals.base import Offer, Vectors
@@ -62,6 +63,7 @@ class MeshEncoder:
         self._text = jax.jit(objective.text_features)
         self._scores = jax.jit(objective.prompt_scores)
         self._answer = jax.jit(objective.answer, static_argnums=2)
+        self._rank = jax.jit(objective.rank_answers, static_argnums=(3, 4))
         self._match_images = jax.jit(objective.match_images, out_shardings=replicated(mesh))
         self._match_texts, self._match_pairs = jax.jit(objective.match_texts), jax.jit(objective.match_pairs)
         self._ground_pairs = jax.jit(objective.ground_pairs, static_argnums=4)
@@ -114,37 +116,58 @@ class MeshEncoder:
 
     def prompt_batches(self, source: Source) -> EvalBatches:
         """Every record with a question once, in order."""
-        return eval_batches(source, _Prompts(self._chat), self.batch_size, self._mesh)
+        return eval_batches(source, _Prompts(self._asking), self.batch_size, self._mesh)
 
     def answer(
         self, params: Any, batch: Mapping[str, jax.Array], max_new_tokens: int, blank: bool = False
     ) -> jax.Array:
         """Rows of `prompt_batches` -> int32 [B, max_new_tokens]."""
-        writer = self._chat.writer
-        config = GenerationConfig(max_new_tokens, writer.end_ids, writer.vocabulary.pad_id)
-        rows = {key: value for key, value in (self.blanked(batch) if blank else batch).items() if key not in MARKS}
+        asking = self._asking
+        config = GenerationConfig(max_new_tokens, asking.end_ids, asking.pad_id)
         with jax.set_mesh(self._mesh):
-            return self._answer(params, rows, config).ids
+            return self._answer(params, self._questions(batch, blank), config).ids
+
+    def answer_rows(self, answers: Sequence[str]) -> np.ndarray:
+        """Answers -> int32 [N, L]."""
+        asking = self._asking
+        assert isinstance(asking, QuestionExamples), "asked for without offering it"
+        return asking.answer_rows(answers)
+
+    def rank_answers(
+        self,
+        params: Any,
+        batch: Mapping[str, jax.Array],
+        answers_NxL: np.ndarray,
+        k: int,
+        first_twice: bool,
+        blank: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Rows of `prompt_batches` and int32 [N, L] -> int32 and fp32 [B, k]."""
+        with jax.set_mesh(self._mesh):
+            return self._rank(params, self._questions(batch, blank), answers_NxL, k, first_twice)
+
+    def _questions(self, batch: Mapping[str, jax.Array], blank: bool) -> dict[str, jax.Array]:
+        return {key: value for key, value in (self.blanked(batch) if blank else batch).items() if key not in MARKS}
 
     def written(self, ids_NxL: np.ndarray) -> list[str]:
         """int32 [N, L] -> N texts."""
-        return [self._chat.writer.text(row.tolist()) for row in ids_NxL]
+        return [self._asking.written(row.tolist()) for row in ids_NxL]
 
     def spans(self, record: Record) -> list[tuple[str, bool]]:
         """A record as a row of training: texts, and whether they are learned; raises `BadRecord`."""
-        return self._chat.writer.spans(self._chat.fitted(record)[0])
+        return self._asking.spans(record)
 
     def blanked(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-        """The batch with tiles of the mean colour."""
+        """The batch with images, or tiles of them, of the mean colour."""
         colour = np.round(255 * np.asarray(self._objective.preprocess.mean)).astype(np.uint8)
-        tiles = np.broadcast_to(colour, batch["tiles"].shape)
-        return {**batch, "tiles": self.shard(tiles)}
+        images = {key: np.broadcast_to(colour, batch[key].shape) for key in ("tiles", "image") if key in batch}
+        return {**batch, **{key: self.shard(pixels) for key, pixels in images.items()}}
 
     @property
-    def _chat(self) -> ChatExamples:
+    def _asking(self) -> ChatExamples | QuestionExamples:
         maker = None if self._held_out is None else self._held_out.make_example
-        if not isinstance(maker, ChatExamples):
-            raise ConfigError("this model reads no conversations; take evaluations with questions out of config.evals")
+        if not isinstance(maker, ChatExamples | QuestionExamples):
+            raise ConfigError("this model reads no questions; take evaluations with questions out of config.evals")
         return maker
 
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
@@ -233,7 +256,7 @@ class MeshEncoder:
 class _Prompts:
     """Rows of questions."""
 
-    def __init__(self, maker: ChatExamples):
+    def __init__(self, maker: ChatExamples | QuestionExamples):
         self._maker = maker
 
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:

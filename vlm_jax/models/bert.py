@@ -218,25 +218,33 @@ def layer_kind(config: TextStackConfig) -> tuple[type[nn.Module], int]:
 
 
 class TextEncoder(nn.Module):
-    """Token ids to hidden states.
+    """Token ids to hidden states; with `causal` and a context a decoder of texts.
 
     Attributes:
         config: embeddings and stack.
         dtype: compute dtype; parameters are fp32.
+        causal: whether a token sees only those before it.
     """
 
     config: TextEncoderConfig
     dtype: Dtype = jnp.float32
+    causal: bool = False
 
     @nn.compact
     def __call__(
-        self, ids_BxT: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False
+        self,
+        ids_BxT: jax.Array,
+        keys: jax.Array | None = None,
+        context: Context | None = None,
+        *,
+        intermediates: bool = False,
     ) -> dict[str, jax.Array]:
         """Encodes token ids.
 
         Args:
             ids_BxT: int32, at most `config.positions` a row.
             keys: [B] typed keys, one a row, or None at evaluation.
+            context: what is attended to besides, see `run_layers`.
             intermediates: whether to return every layer's output.
 
         Returns:
@@ -261,7 +269,14 @@ class TextEncoder(nn.Module):
         x = LayerNorm(config.norm_eps, name="embed_norm")(x)
         x = embed = dropout(x, config.dropout, fold_in(keys, 0))
         x, blocks = run_layers(
-            config, x, valid_tokens(config, ids_BxT), fold_in(keys, 1), intermediates=intermediates, dtype=self.dtype
+            config,
+            x,
+            valid_tokens(config, ids_BxT),
+            fold_in(keys, 1),
+            context,
+            causal=self.causal,
+            intermediates=intermediates,
+            dtype=self.dtype,
         )
         return {"tokens": x, "table": table} | ({} if blocks is None else {"embed": embed, "blocks": blocks})
 

@@ -34,6 +34,7 @@ class ObjectiveConfig(Choice):
             aim,
             aimv2,
             albef,
+            albef_vqa,
             bag_of_words,
             beit,
             caption,
@@ -56,6 +57,7 @@ class ObjectiveConfig(Choice):
             "siglip": siglip.SiglipConfig,
             "coca": coca.CoCaConfig,
             "albef": albef.AlbefConfig,
+            "albef_vqa": albef_vqa.AlbefVqaConfig,
             "mlm": mlm.MlmConfig,
             "dino": dino.DinoConfig,
             "caption": caption.CaptionConfig,
@@ -251,6 +253,23 @@ class ModelObjective(Objective):
             keys: [B] typed keys, one a row: tokens are sampled. None takes the likeliest.
         """
         raise TypeError(f"{type(self).__name__} answers no questions")
+
+    def rank_answers(
+        self, params: Any, batch: Mapping[str, jax.Array], answers_NxL: jax.Array, k: int, first_twice: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Which of some answers fit questions best.
+
+        Args:
+            params: of the model.
+            batch: rows of questions, as of `answer`.
+            answers_NxL: int32, start token, answer, end token, and padding.
+            k: so many answers whose first token is the likeliest are read to their end.
+            first_twice: whether the likelihood of the first token counts once more, as in ALBEF's published code.
+
+        Returns:
+            (places in the list int32 [B, k], the best first; log of their shares fp32 [B, k], by a softmax over the k).
+        """
+        raise TypeError(f"{type(self).__name__} ranks no answers")
 
     def match_images(self, params: Any, images: jax.Array) -> jax.Array:
         """uint8 or normalised float [B, H, W, 3] -> what `match_pairs` takes of images, [B, S, C]."""

@@ -1,11 +1,10 @@
 """Captions in JSON files that hold one list of objects each, as ALBEF's data sets are published, beside image files."""
 
+import bisect
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from vlm_jax.data.sources.base import BadRecord, PackedStrings, Record
 from vlm_jax.data.sources.paths import find_files
@@ -40,19 +39,19 @@ class JsonListsSource:
 
     def __init__(self, config: JsonListsConfig):
         self.config, self.captions = config, config.caption_keys()
-        self.files = find_files(config.path, "*.json", "one or several .json files")
         self.class_names: tuple[str, ...] = ()
-        ends, packed = [], []
-        for file in self.files:
-            rows = _read(file)
+        self.files, self.ends = [], []
+        packed: list[str] = []
+        for file, rows in read_lists(config.path):
             config.check_keys({key: None for row in rows[:100] for key in row}, file, "key")
             # The captions as JSON, so that one text and a list of texts survive.
             kept = ([row.get(key) for key in (config.image_key, config.image_id_key, *config.text_key)] for row in rows)
             packed += [json.dumps(values, ensure_ascii=False) for values in kept]
-            ends.append(len(packed))
+            self.files.append(file)
+            self.ends.append(len(packed))
         if not packed:
             raise ConfigError(f"config.data.source.path = {config.path!r} holds no object; give lists with some")
-        self.rows, self.ends = PackedStrings.pack(packed), np.asarray(ends)
+        self.rows = PackedStrings.pack(packed)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,11 +78,22 @@ class JsonListsSource:
 
     def _place(self, index: int) -> tuple[str, str]:
         """(number in its file, file)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} records, no record {index}")
-        place = int(np.searchsorted(self.ends, index, side="right"))
-        first = 0 if place == 0 else int(self.ends[place - 1])
-        return f"number {index - first + 1}", self.files[place]
+        return place_in(self.files, self.ends, index)
+
+
+def read_lists(path: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(file, its objects) of one or several files; raises `ConfigError` for what is no list of objects."""
+    for file in find_files(path, "*.json", "one or several .json files"):
+        yield file, _read(file)
+
+
+def place_in(files: Sequence[str], ends: Sequence[int], index: int) -> tuple[str, str]:
+    """(number in its file, file) of a record of several files, which end at `ends`."""
+    if not 0 <= index < ends[-1]:
+        raise IndexError(f"there are {ends[-1]} records, no record {index}")
+    place = bisect.bisect_right(ends, index)
+    first = 0 if place == 0 else ends[place - 1]
+    return f"number {index - first + 1}", files[place]
 
 
 def _read(file: str) -> list[dict[str, Any]]:
@@ -99,4 +109,4 @@ def _read(file: str) -> list[dict[str, Any]]:
     return rows
 
 
-__all__ = ["JsonListsConfig", "JsonListsSource"]
+__all__ = ["JsonListsConfig", "JsonListsSource", "place_in", "read_lists"]
