@@ -79,7 +79,8 @@ class AlbefVqaConfig(PairConfig):
 
     def forward_flops(self) -> int:
         """Model FLOPs of one question with its answers, places without an answer included."""
-        answers = self.max_answers * self.model.answer_flops(self.answer_length, self.text_length)
+        # The end token has no successor to predict.
+        answers = self.max_answers * self.model.answer_flops(self.answer_length - 1, self.text_length)
         return self.model.question_flops(self.text_length) + answers
 
     def train_flops(self) -> float:
