@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
@@ -179,7 +180,7 @@ def warm_extra(extra: Any, init_from: InitFrom, new_config: Mapping[str, Any]) -
         sharding = _replicated(sharding) if path in resizes else sharding
         wanted[f"extra/{sources[path]}"] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
     found = read_arrays(directory, manifest, wanted)
-    arrays = {path: found[f"extra/{source}"] for path, source in sources.items()}
+    arrays = _each_its_own({path: found[f"extra/{source}"] for path, source in sources.items()})
     for path, resize in resizes.items():
         arrays[path] = jax.device_put(resize(np.asarray(arrays[path])), ours[path].sharding)
     new = [arrays[path].astype(leaf.dtype) for path, leaf in ours.items()]
@@ -221,9 +222,10 @@ def _loaded(
         entry, sharding = source[source_path], ours[path].sharding
         sharding = _replicated(sharding) if path in resizes else sharding
         wanted[stored[source_path]] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
-    arrays, new = read_arrays(directory, meta["manifest"], wanted), {}
+    found, new = read_arrays(directory, meta["manifest"], wanted), {}
+    arrays = _each_its_own({path: found[stored[source_path]] for path, source_path in sources.items()})
     for path, source_path in sources.items():
-        array = arrays[stored[source_path]]
+        array = arrays[path]
         if layers is not None and _STACK.fullmatch(source_path):
             array = array[slice(*layers)]
         if path in resizes:
@@ -257,6 +259,15 @@ def _match(init_from: InitFrom, ours: list[str], source: list[str], whole: bool)
         f"init_from.{key}: {pattern!r} matches nothing" for key, pattern in rules if (key, pattern) not in used
     ]
     return sources, problems
+
+
+def _each_its_own(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays, copied where one stands for several parameters: the step gives each buffer away once."""
+    seen: set[int] = set()
+    for path, array in arrays.items():
+        arrays[path] = jnp.copy(array) if id(array) in seen else array
+        seen.add(id(array))
+    return arrays
 
 
 def _mapped(rules: Sequence[tuple[str, str]], path: str) -> tuple[str, str | None]:
