@@ -27,7 +27,7 @@ from vlm_jax.interop.layouts import Shape
 from vlm_jax.interop.mae import encoder_rows
 from vlm_jax.interop.tables import Row, Tensors, affine, from_params, parameter_shapes, shape_of, to_params, within
 from vlm_jax.interop.tokenizer_import import import_word_pieces
-from vlm_jax.models.albef import Albef, AlbefModelConfig, deit_b16
+from vlm_jax.models.albef import Albef, AlbefModelConfig, PairEncoderConfig, deit_b16
 from vlm_jax.models.bert import TextStackConfig
 from vlm_jax.objectives.albef import AlbefConfig
 
@@ -35,8 +35,8 @@ _TEXT = "text_encoder."
 _POSITIONS = "visual_encoder.pos_embed"
 _CROSS = f"{_TEXT}{BLOCK}crossattention.self.key.bias"
 _BUFFERS = re.compile(r".*embeddings\.position_ids")
-_OWN = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)\.")
-_SLOW = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.")
+_OWN = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj|cls_head)\.")
+_SLOW = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj|cls_head)_m\.")
 _QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
 # The settings that BERT's file would tell.
 _BERT: dict[str, Any] = {
@@ -66,6 +66,11 @@ class OfficialAlbef(Format):
         self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None
     ) -> AlbefModelConfig:
         """See the base; heads are 64 wide unless the settings say `image_heads` and `text_heads`."""
+        encoders = self.read_encoders(tensors, settings)
+        return AlbefModelConfig(**encoders, embed_dim=shape_of(tensors, "vision_proj.weight", self.title)[0])
+
+    def read_encoders(self, tensors: Tensors, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+        """`image`, `text` and `fusion` of the config."""
         sizes: dict[str, Any] = block_sizes(
             tensors, "visual_encoder.blocks.{layer}.", "norm1.weight", "mlp.fc1.bias", self.title
         )
@@ -82,12 +87,8 @@ class OfficialAlbef(Format):
         cross = [int(match[1]) for name in tensors if (match := re.fullmatch(_layer_pattern(_CROSS), name))]
         keys = [field.name for field in dataclasses.fields(TextStackConfig)]
         stack: dict[str, Any] = {key: getattr(text, key) for key in keys} | {"depth": len(cross), "cross_every": 1}
-        return AlbefModelConfig(
-            image=image,
-            text=dataclasses.replace(text, depth=text.depth - len(cross)),
-            fusion=TextStackConfig(**stack),
-            embed_dim=shape_of(tensors, "vision_proj.weight", self.title)[0],
-        )
+        text = dataclasses.replace(text, depth=text.depth - len(cross))
+        return {"image": image, "text": text, "fusion": TextStackConfig(**stack)}
 
     def objective(self, model: AlbefModelConfig) -> AlbefConfig:
         """See the base."""
@@ -105,16 +106,18 @@ class OfficialAlbef(Format):
 
     def write_config(self, config: AlbefModelConfig) -> dict[str, Any]:
         """See the base. There is no file, so everything must be as these models have it."""
+        check_expressible(self.title, self.wanted(config) | {"words.tied": (config.words.tied, (True,))})
+        return {}
+
+    def wanted(self, config: PairEncoderConfig) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """What must be so of the encoders: see `check_expressible`."""
         image, text, fusion, like = config.image, config.text, config.fusion, deit_b16()
         wanted = {f"text.{key}": value for key, value in published_form(text).items()}
         for key in ("pool", "norm_eps", "activation", "pre_norm", "post_norm", "patch_bias", "pos_embed", "registers"):
             wanted[f"image.{key}"] = (getattr(image, key, None), (getattr(like, key),))
         for key in (*published_form(text), "width", "heads", "mlp_dim", "activation", "norm_eps"):
             wanted[f"fusion.{key}"] = (getattr(fusion, key), (getattr(text, key),))
-        wanted["fusion.cross_every"] = (fusion.cross_every, (1,))
-        wanted["words.tied"] = (config.words.tied, (True,))
-        check_expressible(self.title, wanted)
-        return {}
+        return wanted | {"fusion.cross_every": (fusion.cross_every, (1,))}
 
     def rows(self, config: AlbefModelConfig) -> list[Row]:
         """See the base."""
