@@ -126,16 +126,16 @@ def test_boxes_of_drawn_objects_are_where_their_colour_is() -> None:
         image = record["image"].astype(int)
         drawn = np.abs(image - image[0, 0]).max(axis=-1) > 8  # no object reaches the corner
         (left, top, width, height), (item,) = record["boxes"][0], record["scene"]
-        assert record["phrases"] == (f"a {item['color']} {item['shape']}",)
+        assert record["phrases"] == (f"a {item['size']} {item['color']} {item['shape']}",)
         for first, size, axis in ((left, width, 0), (top, height, 1)):
             pixels = np.flatnonzero(drawn.any(axis=axis))
             np.testing.assert_allclose((pixels[0], pixels[-1] + 1), (first, first + size), atol=1.5)
-    several = dataclasses.replace(one, max_objects=9, count=12)
+    several = dataclasses.replace(one, min_objects=9, max_objects=9, count=24)
     plain = dataclasses.replace(several, named_objects=False).build("")
     left_out = 0
-    for index, record in enumerate(map(several.build("").__getitem__, range(12))):
+    for index, record in enumerate(map(several.build("").__getitem__, range(24))):
         np.testing.assert_array_equal(record["image"], plain[index]["image"])
-        phrases = [f"a {item['color']} {item['shape']}" for item in record["scene"]]
+        phrases = [f"a {item['size']} {item['color']} {item['shape']}" for item in record["scene"]]
         assert list(record["phrases"]) == [phrase for phrase in phrases if phrases.count(phrase) == 1]
         assert len(record["boxes"]) == len(record["phrases"])
         left_out += len(phrases) - len(record["phrases"])

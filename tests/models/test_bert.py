@@ -1,5 +1,6 @@
 """BERT's encoders against transformers' with random weights: of any depth, split anywhere, looking at images or not."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from vlm_jax.flops import count_dot_flops
 from vlm_jax.interop.hf_bert import HfBert, cross_rows
 from vlm_jax.interop.tables import from_params, to_params, within
+from vlm_jax.mesh import unbox
 from vlm_jax.models.bert import MaskedWordHeadConfig, TextEncoder, TextStack, TextStackConfig
 from vlm_jax.models.grad_cam import attention_cam, token_cam
 from vlm_jax.models.transformer import stack_layers, unstack_layers
@@ -198,6 +200,34 @@ def test_grad_cam_is_that_of_torch(
         for row in range(len(IDS))
     ]
     np.testing.assert_allclose(token_cam(cam, valid), by_loops, rtol=1e-5)
+
+
+def test_layers_look_at_two_images_in_turn_by_the_same_keys(reference: Any, ours: Any) -> None:
+    """Of torch's four layers each second one has the keys and values of the one before it, as in NLVR2."""
+    config, params, besides = ours
+    images = np.stack([IMAGE, np.roll(IMAGE, 1, axis=0) + 1], axis=1)
+    mask = torch.tensor(np.where(IDS == 0, -1e9, 0.0), dtype=torch.float32)[:, None, None, :]
+    with torch.no_grad():
+        states = x = reference.bert.embeddings(torch.tensor(IDS, dtype=torch.long))
+        for place in range(LAYERS):
+            layer = copy.deepcopy(reference.bert.encoder.layer[place])
+            for name in ("key", "value"):
+                first = reference.bert.encoder.layer[place - place % 2].crossattention.self
+                setattr(layer.crossattention.self, name, getattr(first, name))
+            x = layer(x, mask, encoder_hidden_states=torch.tensor(images[:, place % 2]))
+    groups = []
+    for first in range(0, LAYERS, 2):
+        pair = [layer_params(params, besides, [(first + i, True)]) for i in range(2)]
+        shared = {name: pair[0]["cross"][name] for name in ("key", "value")}
+        own = [layer | {"cross": {name: layer["cross"][name] for name in ("query", "out")}} for layer in pair]
+        groups.append({"cross": shared} | {f"layer_{i}": layer for i, layer in enumerate(own)})
+    blocks = jax.tree.map(lambda *leaves: np.concatenate(leaves), *groups)
+    stack = {key.name: getattr(config.text, key.name) for key in dataclasses.fields(TextStackConfig)}
+    fusion = TextStack(TextStackConfig(**stack | {"cross_every": 1, "contexts": 2}))  # pyright: ignore
+    run = jax.jit(lambda p, x: fusion.apply({"params": {"blocks": p}}, x, jnp.asarray(IDS != 0), images)["tokens"])  # pyright: ignore
+    np.testing.assert_allclose(run(blocks, states.numpy()), x.numpy(), atol=2e-5)
+    shapes = jax.tree.map(np.shape, unbox(jax.eval_shape(fusion.init, jax.random.key(0), states.numpy(), None, images)))
+    assert shapes["params"]["blocks"] == jax.tree.map(np.shape, blocks)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,16 @@ Vectors = Literal["pooled", "embedding", "cls", "mean"]
 token, or the mean of the patches."""
 
 
-Offer = Literal["image_tokens", "reconstruct", "held_out_loss", "match_pairs", "ground_pairs", "answer", "rank_answers"]
+Offer = Literal[
+    "image_tokens",
+    "reconstruct",
+    "held_out_loss",
+    "match_pairs",
+    "ground_pairs",
+    "answer",
+    "rank_answers",
+    "pair_class_scores",
+]
 """What not every model gives."""
 
 
@@ -135,6 +144,10 @@ class Encoder(Protocol):
 
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
         """Images as above -> [B, C], a score for each of the model's own classes; higher = likelier."""
+        ...
+
+    def pair_class_scores(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """As `class_scores`, of a batch of `loss_batches`: texts beside images."""
         ...
 
     def text_features(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:

@@ -57,6 +57,7 @@ class MeshEncoder:
         self._image = jax.jit(objective.image_features)
         self._vectors = jax.jit(objective.image_vectors, static_argnums=2)
         self._classes = jax.jit(objective.class_scores)
+        self._pair_classes = jax.jit(objective.pair_class_scores)
         self._tokens = jax.jit(objective.image_tokens, static_argnums=2)
         self._layers = jax.jit(objective.layer_vectors, static_argnums=2)
         self._reconstruct = jax.jit(objective.reconstruct)
@@ -174,6 +175,12 @@ class MeshEncoder:
         """uint8 [B, H, W, 3] -> [B, C]."""
         with jax.set_mesh(self._mesh):
             return self._classes(params, images_BxHxWx3)
+
+    def pair_class_scores(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """A batch of `loss_batches` -> [B, C]."""
+        rows = {key: value for key, value in batch.items() if key not in MARKS}
+        with jax.set_mesh(self._mesh):
+            return self._pair_classes(params, rows)
 
     def text_features(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:
         """int32 [B, L] -> [B, E]."""

@@ -37,8 +37,8 @@ _TEXT = "text_encoder."
 _POSITIONS = "visual_encoder.pos_embed"
 _CROSS = f"{_TEXT}{BLOCK}crossattention.self.key.bias"
 _BUFFERS = re.compile(r".*embeddings\.position_ids")
-_OWN = re.compile(r"^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)\.")
-_SLOW = re.compile(r"^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj)_m\.")
+_OWN = re.compile(r"^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj|cls_head)\.")
+_SLOW = re.compile(r"^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj|cls_head)_m\.")
 _QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
 # The settings that BERT's file would tell.
 _BERT: dict[str, Any] = {
@@ -70,12 +70,11 @@ class OfficialAlbef(Format):
         self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None
     ) -> PairEncoderConfig:
         """See the base; heads are 64 wide unless the settings say `image_heads` and `text_heads`."""
-        return AlbefModelConfig(
-            **self.read_encoders(tensors, settings), embed_dim=shape_of(tensors, "vision_proj.weight", self.title)[0]
-        )
+        encoders = self.read_encoders(tensors, settings)
+        return AlbefModelConfig(**encoders, embed_dim=shape_of(tensors, "vision_proj.weight", self.title)[0])
 
     def read_encoders(self, tensors: Tensors, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The fields of a `PairEncoderConfig`."""
+        """`image`, `text` and `fusion` of the config."""
         sizes: dict[str, Any] = block_sizes(
             tensors, "visual_encoder.blocks.{layer}.", "norm1.weight", "mlp.fc1.bias", self.title
         )
@@ -111,20 +110,18 @@ class OfficialAlbef(Format):
 
     def write_config(self, config: Any) -> dict[str, Any]:
         """See the base. There is no file, so everything must be as these models have it."""
-        check_expressible(self.title, self.wanted(config))
+        check_expressible(self.title, self.wanted(config) | {"words.tied": (config.words.tied, (True,))})
         return {}
 
-    def wanted(self, config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-        """What must be as these models have it: see `check_expressible`."""
+    def wanted(self, config: PairEncoderConfig) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """What must be so of the encoders: see `check_expressible`."""
         image, text, fusion, like = config.image, config.text, config.fusion, deit_b16()
         wanted = {f"text.{key}": value for key, value in published_form(text).items()}
         for key in ("pool", "norm_eps", "activation", "pre_norm", "post_norm", "patch_bias", "pos_embed", "registers"):
             wanted[f"image.{key}"] = (getattr(image, key, None), (getattr(like, key),))
         for key in (*published_form(text), "width", "heads", "mlp_dim", "activation", "norm_eps"):
             wanted[f"fusion.{key}"] = (getattr(fusion, key), (getattr(text, key),))
-        wanted["fusion.cross_every"] = (fusion.cross_every, (1,))
-        wanted["words.tied"] = (config.words.tied, (True,))
-        return wanted
+        return wanted | {"fusion.cross_every": (fusion.cross_every, (1,))}
 
     def rows(self, config: Any) -> list[Row]:
         """See the base."""

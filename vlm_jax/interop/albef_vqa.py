@@ -55,8 +55,8 @@ class OfficialAlbefVqa(OfficialAlbef):
         """See the base."""
         return isinstance(config, AlbefVqaModelConfig)
 
-    def wanted(self, config: AlbefVqaModelConfig) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-        """See the base."""
+    def wanted(self, config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """See the base, and the decoder as the text encoder."""
         wanted, text, decoder = super().wanted(config), config.text, config.decoder
         for key in (
             *published_form(text),

@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.nn.initializers import constant
 
+from vlm_jax.mesh import constrain
 from vlm_jax.models.bert import (
     MaskedWordHead,
     MaskedWordHeadConfig,
@@ -26,7 +27,7 @@ from vlm_jax.models.image_tower import ImageTowerConfig
 from vlm_jax.models.initializers import torch_linear
 from vlm_jax.models.linear import Linear
 from vlm_jax.models.projection import unit_length
-from vlm_jax.models.stochastic import fold_in
+from vlm_jax.models.stochastic import fold_in, row_keys
 from vlm_jax.models.vit import ViTConfig
 
 MATCHED = 1  # the place of "they belong together" among the two scores of a pair
@@ -64,7 +65,7 @@ class PairEncoderConfig:
         return self.text.stack_flops(tokens)
 
     def fusion_flops(self, tokens: int) -> int:
-        """Model FLOPs of the fused states of one pair."""
+        """Model FLOPs of the fused states of one text with its images."""
         text, fusion = self.text, self.fusion
         project = 2 * tokens * text.width * fusion.width if text.width != fusion.width else 0
         return project + fusion.stack_flops(tokens, self.image.token_count, self.image.token_width)
@@ -83,6 +84,8 @@ class AlbefModelConfig(PairEncoderConfig):
     def problems(self) -> Iterator[tuple[str, str]]:
         """Values that can't be built."""
         yield from super().problems()
+        if self.fusion.contexts > 1:
+            yield "fusion.contexts", f"= {self.fusion.contexts}, but a pair here has one image; use 1"
         if self.embed_dim < 1:
             yield "embed_dim", f"= {self.embed_dim} must be at least 1"
         if not self.image.pools:
@@ -124,6 +127,19 @@ class PairEncoder(nn.Module):
         """States of texts and tokens of images -> states of pairs [B, T, D]; `valid` are the tokens of the texts."""
         return self.fusion(text_BxTxD, valid_BxT, image_BxSxC, keys)["tokens"]
 
+    def text_tokens(self, texts: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """int32 [B, T] -> states [B, T, D] of the text encoder."""
+        return self.text(texts, keys)["tokens"]
+
+    def several_images(self, images_BxJxHxWx3: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Normalised images [B, J, H, W, 3] of each text -> their tokens [B, J, S, C]."""
+        batch, count = images_BxJxHxWx3.shape[:2]
+        # The images of a row beside each other, so that they stay on the row's device.
+        flat_keys = None if keys is None else jnp.stack([row_keys(keys, place) for place in range(count)], axis=1)
+        flat = images_BxJxHxWx3.reshape(batch * count, *images_BxJxHxWx3.shape[2:])
+        tokens = self.image(flat, None if flat_keys is None else flat_keys.reshape(-1))["tokens"]
+        return constrain(tokens.reshape(batch, count, *tokens.shape[1:]), "batch", None, "length", "embed")
+
 
 class Albef(PairEncoder):
     """Parameters: `image/...`, `image_projection`, `text/...`, `text_projection`, `fusion/...`, `words/...`,
@@ -140,10 +156,10 @@ class Albef(PairEncoder):
     def setup(self) -> None:
         """Declares encoders and heads."""
         super().setup()
-        config, embed = self.config, ("embed", "joint")
+        config = self.config
         self.words = MaskedWordHead(config.words, config.text, self.dtype)
-        self.image_projection = _head(config.embed_dim, config.image.pooled_width, embed, self.dtype)
-        self.text_projection = _head(config.embed_dim, config.text.width, embed, self.dtype)
+        self.image_projection = feature_projection(config.embed_dim, config.image.pooled_width, self.dtype)
+        self.text_projection = feature_projection(config.embed_dim, config.text.width, self.dtype)
         self.matching_head = _head(2, config.fusion.width, ("embed", None), jnp.float32)
         self.temperature = self.param("temperature", constant(config.temperature_init), (), jnp.float32)
 
@@ -230,9 +246,14 @@ def _features(vectors_BxE: jax.Array) -> jax.Array:
     return unit_length(vectors_BxE.astype(jnp.float32))
 
 
+def feature_projection(embed_dim: int, width: int, dtype: Dtype) -> Linear:
+    """What brings vectors of `width` channels into the space in which they are compared."""
+    return _head(embed_dim, width, ("embed", "joint"), dtype)
+
+
 def _head(features: int, width: int, names: tuple[str | None, ...], dtype: Dtype) -> Linear:
     """A linear map with PyTorch's start of kernel and bias, as published."""
     return Linear((features,), names, torch_linear(width), torch_linear(width), dtype=dtype)
 
 
-__all__ = ["MATCHED", "Albef", "AlbefModelConfig", "PairEncoder", "PairEncoderConfig", "deit_b16"]
+__all__ = ["MATCHED", "Albef", "AlbefModelConfig", "PairEncoder", "PairEncoderConfig", "deit_b16", "feature_projection"]

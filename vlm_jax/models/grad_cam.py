@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from vlm_jax.mesh import constrain
-from vlm_jax.models.bert import Context, TextStack, TextStackConfig, layer_kind, over_keys
+from vlm_jax.models.bert import TextStack
 from vlm_jax.models.initializers import INITIALIZERS
+from vlm_jax.models.post_norm import Context, TextStackConfig, layer_kind, over_keys
 
 
 def attention_cam(

@@ -307,7 +307,7 @@ class AlbefObjective(MatchingObjective):
 
     def after(self, extra: Any, params: Any, updates: Any, step: jax.Array) -> Any:
         """The averaged model that this step used, and its features in the queues."""
-        new = super().after(extra, params, updates, step)
+        new = extra | ({"averaged": updates["averaged"]} if "averaged" in extra else {})
         if "queue" in extra:
             queue, pointer = extra["queue"], extra["queue"]["pointer"]
             image, text = updates["slow_image_features"], updates["slow_text_features"]

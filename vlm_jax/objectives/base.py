@@ -47,8 +47,10 @@ class ObjectiveConfig(Choice):
             lm,
             mae,
             mlm,
+            pair_classify,
             siglip,
             simmim,
+            text_assignment,
             vlm,
         )
 
@@ -58,6 +60,8 @@ class ObjectiveConfig(Choice):
             "coca": coca.CoCaConfig,
             "albef": albef.AlbefConfig,
             "albef_vqa": albef_vqa.AlbefVqaConfig,
+            "pair_classify": pair_classify.PairClassifyConfig,
+            "text_assignment": text_assignment.TextAssignmentConfig,
             "mlm": mlm.MlmConfig,
             "dino": dino.DinoConfig,
             "caption": caption.CaptionConfig,
@@ -215,6 +219,10 @@ class ModelObjective(Objective):
         """uint8 or normalised float [B, H, W, 3] -> fp32 [B, C], a score a class; the higher, the likelier."""
         raise TypeError(f"{type(self).__name__} has no classes of its own")
 
+    def pair_class_scores(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """As `class_scores`, of a batch of the method's rows, where texts beside images have the classes."""
+        raise TypeError(f"{type(self).__name__} has no classes of texts and images")
+
     def reconstruct(self, params: Any, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
         """What the method makes of the pixels that it hides, as pictures.
 
@@ -300,10 +308,11 @@ class ModelObjective(Objective):
 
 
 def normalise_images(images: jax.Array, preprocess: PreprocessConfig) -> jax.Array:
-    """uint8 [B, H, W, 3] -> (x / 255 - mean) / std in fp32; float images are taken as normalised already."""
+    """uint8 [..., H, W, 3] -> (x / 255 - mean) / std in fp32; float images are taken as normalised already."""
     if not jnp.issubdtype(images.dtype, jnp.integer):
         return images
-    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (preprocess.mean, preprocess.std))
+    shape = (*[1] * (images.ndim - 1), 3)
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (preprocess.mean, preprocess.std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 

@@ -94,8 +94,8 @@ class PairObjective(ImageTextObjective):
         return fixed | moved, moved
 
     def after(self, extra: Any, params: Any, updates: Any, step: jax.Array) -> Any:
-        """The averaged model that this step used."""
-        return extra | ({"averaged": updates["averaged"]} if "averaged" in extra else {})
+        """The averaged model, moved for the next step to use."""
+        return extra | ({"averaged": self._averaged(params, extra)[1]} if "averaged" in extra else {})
 
     def _share(self, step: jax.Array) -> jax.Array:
         """() fp32, the averaged model's share of the targets."""

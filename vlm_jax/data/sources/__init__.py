@@ -15,7 +15,9 @@ from vlm_jax.data.sources.mismatched import MismatchedConfig
 from vlm_jax.data.sources.mixture import MixtureConfig, MixturePart
 from vlm_jax.data.sources.parquet import ParquetConfig
 from vlm_jax.data.sources.question_lists import QuestionListsConfig
+from vlm_jax.data.sources.referring import ReferringConfig
 from vlm_jax.data.sources.shapes import ShapesConfig
+from vlm_jax.data.sources.shapes_statements import ShapesStatementsConfig
 from vlm_jax.data.sources.subset import SubsetConfig
 from vlm_jax.data.sources.tables import CsvConfig, JsonlConfig
 from vlm_jax.data.sources.tar import TarConfig
@@ -26,10 +28,12 @@ from vlm_jax.schema import ConfigError
 KINDS: dict[str, type[Any]] = {
     "digits": DigitsConfig,
     "shapes": ShapesConfig,
+    "shapes_statements": ShapesStatementsConfig,
     "tar": TarConfig,
     "jsonl": JsonlConfig,
     "csv": CsvConfig,
     "json": JsonListsConfig,
+    "referring": ReferringConfig,
     "tfds": TfdsConfig,
     "array_record": ArrayRecordConfig,
     "class_folders": ClassFoldersConfig,
@@ -154,7 +158,9 @@ __all__ = [
     "ParquetConfig",
     "QuestionListsConfig",
     "Record",
+    "ReferringConfig",
     "ShapesConfig",
+    "ShapesStatementsConfig",
     "Source",
     "SourceConfig",
     "SubsetConfig",

@@ -110,10 +110,10 @@ class ShapesSource:
     def __getitem__(self, index: int) -> Record:
         """The scene; `scene` is a list of dicts with `shape`, `color`, `size`, `position`, in reading order.
 
-        `label` is there in scenes of one object. With `named_objects` it has `phrases`, as "a red circle", for each
-        object that colour and shape tell from the others, and their `boxes`, float32 [n, 4] of left, top, width and
-        height in pixels. With `conversations` it has `turns`, `images`, `answer` and `kind` instead, and images are
-        drawn when they are needed.
+        `label` is there in scenes of one object. With `named_objects` it has `phrases`, as "a large red circle", for
+        each object that size, colour and shape tell from the others, and their `boxes`, float32 [n, 4] of left, top,
+        width and height in pixels. With `conversations` it has `turns`, `images`, `answer` and `kind` instead, and
+        images are drawn when they are needed.
         """
         if self.config.conversations:
             return self._chat(index)
@@ -129,7 +129,7 @@ class ShapesSource:
         if self.class_names:
             record["label"] = self.class_names.index(f"{scene[0]['color']} {scene[0]['shape']}")
         if self.config.named_objects:
-            phrases = [f"a {item['color']} {item['shape']}" for item in scene]
+            phrases = [f"a {item['size']} {item['color']} {item['shape']}" for item in scene]
             single = [place for place, phrase in enumerate(phrases) if phrases.count(phrase) == 1]
             record |= {"phrases": tuple(phrases[place] for place in single), "boxes": boxes[single]}
         return record
