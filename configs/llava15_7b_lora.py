@@ -31,4 +31,4 @@ def get_config(name: str = "") -> Config:
         ),
         "init_from": InitFrom(path="runs/llava15_7b_stage1", skip=(SMALL,), tokenizer=True),
     }
-    return variant(override(config, changes), name, {"smoke": SMOKE})
+    return variant(override(config, changes), name, {"smoke": SMOKE, **RECIPE.ASKED})

@@ -19,6 +19,7 @@ from vlm_jax.data.chat_config import ChatConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import ShapesConfig
 from vlm_jax.data.tiles import SquareTiling
+from vlm_jax.evals.generate import GenerateConfig
 from vlm_jax.evals.vqa import VqaConfig
 from vlm_jax.models.projector import MlpProjectorConfig
 from vlm_jax.models.vision_language import VisionLanguageConfig
@@ -74,7 +75,10 @@ def recipe(name: str, chat: ChatConfig, source: ShapesConfig, *, batch: int, ste
         ),
         train=TrainConfig(steps=steps, log_every=20),
         checkpoint=CheckpointConfig(every=100),
-        evals=(VqaConfig("shapes", held_out, max_new_tokens=8),),
+        evals=(
+            VqaConfig("shapes", held_out, max_new_tokens=8),
+            GenerateConfig("shapes", held_out, max_new_tokens=8),
+        ),
     )
 
 

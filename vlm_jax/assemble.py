@@ -177,10 +177,10 @@ def build_run_tokenizer(config: Config, source: Source, saved: Mapping[str, Any]
     return tokenizer
 
 
-def build_evaluators(
+def build_encoder(
     config: Config, objective: ModelObjective, tokenizer: Tokenizer | None, mesh: Mesh, cache_dir: str
-) -> list[tuple[int, Evaluator]]:
-    """(every, evaluator) of each evaluation of the config; `every` = 0: whenever the loop evaluates."""
+) -> MeshEncoder:
+    """The model as evaluations see it."""
     method, dtype = config.objective.without_dropping(), config.compute_dtype(mesh.devices.flat[0].platform)
     plain_views = dataclasses.replace(config.data, augment=None)
     held_out = HeldOut(
@@ -188,7 +188,14 @@ def build_evaluators(
         config.objective.make_example(tokenizer, plain_views),
         lambda source: config.objective.arrange(source, tokenizer, plain_views, cache_dir),
     )
-    encoder = MeshEncoder(objective, tokenizer, config.objective.image_size, mesh, config.data.batch_size, held_out)
+    return MeshEncoder(objective, tokenizer, config.objective.image_size, mesh, config.data.batch_size, held_out)
+
+
+def build_evaluators(
+    config: Config, objective: ModelObjective, tokenizer: Tokenizer | None, mesh: Mesh, cache_dir: str
+) -> list[tuple[int, Evaluator]]:
+    """(every, evaluator) of each evaluation of the config; `every` = 0: whenever the loop evaluates."""
+    encoder = build_encoder(config, objective, tokenizer, mesh, cache_dir)
     return [(entry.every, entry.build(encoder, cache_dir)) for entry in config.evals]
 
 

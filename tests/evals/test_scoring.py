@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from vlm_jax.evals.scoring import SCORERS, Answered
+from vlm_jax.evals.scoring import SCORERS, Answered, Score
 from vlm_jax.evals.scoring.choice import chosen, science_chosen
 from vlm_jax.evals.scoring.short_answers import anls, canonical_answer, edit_distance
 from vlm_jax.evals.scoring.vqa_accuracy import m4c_normalised, normalised, textvqa_accuracy, vqa_accuracy
@@ -161,6 +161,7 @@ def test_choice_counts_kinds_and_what_is_unreadable() -> None:
     ("text", "option"),
     [
         *[(text, 1) for text in ("B", " B ", "B. a cat", "B\nbecause", "So. The answer is B.", "The answer is B")],
+        ("The answer is A or The answer is B.", 1),
         *[(text, -1) for text in ("E", "b", "It is B", "B.", "(B)")],
     ],
 )
@@ -218,6 +219,22 @@ def test_anls_takes_the_nearest_answer_and_nothing_below_one_half() -> None:
     assert anls("abcd", ("axyz",)) == 0.0
     assert anls("", ("",)) == 1.0
     assert SCORERS["anls"]([Answered("abcd", ("abcx",)), Answered("?", ("abcx",))]).metrics == {"anls": 0.375}
+
+
+@pytest.mark.parametrize(
+    ("score", "answers", "why"),
+    [
+        ("pope", ("red",), "an answer is 'red', neither yes nor no"),
+        ("mme", ("red",), "an answer is 'red', neither yes nor no"),
+        ("choice", ("AB",), "an answer is 'AB', not the letter of an option"),
+        ("scienceqa", ("",), "an answer is '', not the letter of an option"),
+        ("vqa", ("red",), "a question was answered by one"),
+        ("textvqa", ("red",), "a question was answered by one"),
+    ],
+)
+def test_answers_of_another_benchmark_are_refused(score: Score, answers: tuple[str, ...], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        SCORERS[score]([Answered("red", answers, ("x", "y"))])
 
 
 def test_word_for_word_is_but_for_case_and_a_full_stop() -> None:

@@ -1,10 +1,13 @@
 """The model as evaluations see it: an objective's features, jitted once each, with its own tokenizer and images."""
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,6 +24,7 @@ from vlm_jax.evals.labels import MultiLabelImages
 from vlm_jax.mesh import batch_sharding, replicated
 from vlm_jax.models.generation import GenerationConfig
 from vlm_jax.objectives.base import ModelObjective
+from vlm_jax.objectives.lm import next_tokens
 from vlm_jax.schema import ConfigError
 
 
@@ -65,6 +69,7 @@ class MeshEncoder:
         self._scores = jax.jit(objective.prompt_scores)
         self._answer = jax.jit(objective.answer, static_argnums=2)
         self._rank = jax.jit(objective.rank_answers, static_argnums=(3, 4))
+        self._likelihood = jax.jit(functools.partial(_likelihood, objective))
         self._match_images = jax.jit(objective.match_images, out_shardings=replicated(mesh))
         self._match_texts, self._match_pairs = jax.jit(objective.match_texts), jax.jit(objective.match_pairs)
         self._ground_pairs = jax.jit(objective.ground_pairs, static_argnums=4)
@@ -123,10 +128,31 @@ class MeshEncoder:
         self, params: Any, batch: Mapping[str, jax.Array], max_new_tokens: int, blank: bool = False
     ) -> jax.Array:
         """Rows of `prompt_batches` -> int32 [B, max_new_tokens]."""
-        asking = self._asking
-        config = GenerationConfig(max_new_tokens, asking.end_ids, asking.pad_id)
+        return self.write(params, self.blanked(batch) if blank else batch, GenerationConfig(max_new_tokens))
+
+    def write(
+        self, params: Any, batch: Mapping[str, jax.Array], config: GenerationConfig, seed: int | None = None
+    ) -> jax.Array:
+        """As `answer`, in any way that `config` says but for its end tokens, which are the model's own.
+
+        Args:
+            params: of the model.
+            batch: rows of `prompt_batches`.
+            config: how.
+            seed: of sampling, with a row's `index`; None takes the likeliest tokens.
+        """
+        config = dataclasses.replace(config, eos_ids=self._asking.end_ids, pad_id=self._asking.pad_id)
+        rows = _inputs(batch)
         with jax.set_mesh(self._mesh):
-            return self._answer(params, self._questions(batch, blank), config).ids
+            keys = None if seed is None else example_keys(batch["index"], seed)
+            return self._answer(params, rows, config, keys).ids
+
+    def likelihood(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Of what is learned in rows of `loss_batches`: (sum of its log-probabilities, fp32 [B], and whether each token
+        of it is the likeliest, bool [B])."""
+        rows = _inputs(batch)
+        with jax.set_mesh(self._mesh):
+            return self._likelihood(params, rows)
 
     def answer_rows(self, answers: Sequence[str]) -> np.ndarray:
         """Answers -> int32 [N, L]."""
@@ -144,11 +170,9 @@ class MeshEncoder:
         blank: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         """Rows of `prompt_batches` and int32 [N, L] -> int32 and fp32 [B, k]."""
+        rows = _inputs(self.blanked(batch) if blank else batch)
         with jax.set_mesh(self._mesh):
-            return self._rank(params, self._questions(batch, blank), answers_NxL, k, first_twice)
-
-    def _questions(self, batch: Mapping[str, jax.Array], blank: bool) -> dict[str, jax.Array]:
-        return {key: value for key, value in (self.blanked(batch) if blank else batch).items() if key not in MARKS}
+            return self._rank(params, rows, answers_NxL, k, first_twice)
 
     def written(self, ids_NxL: np.ndarray) -> list[str]:
         """int32 [N, L] -> N texts."""
@@ -178,7 +202,7 @@ class MeshEncoder:
 
     def pair_class_scores(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """A batch of `loss_batches` -> [B, C]."""
-        rows = {key: value for key, value in batch.items() if key not in MARKS}
+        rows = _inputs(batch)
         with jax.set_mesh(self._mesh):
             return self._pair_classes(params, rows)
 
@@ -258,6 +282,19 @@ class MeshEncoder:
     def replicate(self, array: np.ndarray) -> jax.Array:
         """The same host array on every process -> a global array, whole on every device."""
         return jax.make_array_from_callback(array.shape, replicated(self._mesh), lambda index: array[index])
+
+
+def _inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """A batch as the model takes it."""
+    return {key: value for key, value in batch.items() if key not in MARKS}
+
+
+def _likelihood(objective: ModelObjective, params: Any, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    logits_BxLxV = objective.outputs(params, rows)["logits"]
+    targets_BxL, learned_BxL = next_tokens(rows["text"], rows["segments"], ~rows["supervised"])
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits_BxLxV), targets_BxL[..., None], axis=-1)[..., 0]
+    likeliest = (logits_BxLxV.argmax(axis=-1) == targets_BxL) | ~learned_BxL
+    return jnp.where(learned_BxL, log_p, 0.0).sum(axis=1), likeliest.all(axis=1)
 
 
 class _Prompts:

@@ -3,7 +3,7 @@
 It encodes; it compares nothing (`zero_shot`, `retrieval` and the classifiers on frozen features do).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -69,6 +69,32 @@ def gather(dispatched: Iterable[Mapping[str, jax.Array]], nothing: str) -> dict[
     if not rows or not len(next(iter(rows.values()))):
         raise EvalError(nothing)
     return rows
+
+
+def first_rows(
+    batches: Iterable[Mapping[str, jax.Array]],
+    made: Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]],
+    count: int,
+    nothing: str,
+) -> dict[str, np.ndarray]:
+    """As `gather`, of the first `count` usable rows and of no more batches than these take.
+
+    Args:
+        batches: with `mask`, bool [B].
+        made: what is wanted of a batch.
+        count: rows at most.
+        nothing: the sentence for an empty result.
+    """
+
+    def enough() -> Iterator[dict[str, jax.Array]]:
+        found = 0
+        for batch in batches:
+            yield {**made(batch), "mask": batch["mask"]}
+            found += int(to_host(batch["mask"]).sum())
+            if found >= count:
+                return
+
+    return {name: rows[:count] for name, rows in gather(enough(), nothing).items()}
 
 
 def encode_images(encoder: Encoder, params: Any, source: Source, name: str) -> tuple[np.ndarray, np.ndarray]:

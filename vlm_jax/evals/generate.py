@@ -1,7 +1,7 @@
 """Samples of what a model answers, for people: images, question, answer and reference, and what is learned of a row."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from vlm_jax.data.images import decode
 from vlm_jax.data.sources import BadRecord, Record, Source
 from vlm_jax.data.sources.chats import conversation_of
 from vlm_jax.evals.base import Encoder, EvalConfig, EvalResult
-from vlm_jax.evals.features import gather, to_host
+from vlm_jax.evals.features import first_rows
 from vlm_jax.evals.scoring.short_answers import canonical_answer
 from vlm_jax.evals.text_pictures import Sample, sample_rows, supervised_rows
 from vlm_jax.evals.vqa import answers_of, question_of
@@ -58,20 +58,15 @@ class GenerateEvaluator:
         """Pictures and texts, on the primary process; raises `EvalError` when there is no usable prompt."""
         config, encoder = self._config, self._encoder
 
-        def made() -> Iterator[dict[str, jax.Array]]:
-            found = 0
-            for batch in encoder.prompt_batches(self._source):
-                ids = encoder.answer(params, batch, config.max_new_tokens)
-                yield {"ids": ids, "index": batch["index"], "mask": batch["mask"]}
-                found += int(to_host(batch["mask"]).sum())
-                if found >= config.count:
-                    return
+        def answers(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            return {"ids": encoder.answer(params, batch, config.max_new_tokens), "index": batch["index"]}
 
-        rows = gather(made(), f"Evaluation {config.name!r} found no usable prompt among {len(self._source)} records.")
+        nothing = f"Evaluation {config.name!r} found no usable prompt among {len(self._source)} records."
+        rows = first_rows(encoder.prompt_batches(self._source), answers, config.count, nothing)
         if jax.process_index():
             return EvalResult({})
-        texts = encoder.written(rows["ids"][: config.count])
-        records = [self._source[int(index)] for index in rows["index"][: config.count]]
+        texts = encoder.written(rows["ids"])
+        records = [self._source[int(index)] for index in rows["index"]]
         samples = [_sample(record, text) for record, text in zip(records, texts, strict=True)]
         name, title = f"generate/{config.name}", f"{config.name}, step {step:,}"
         learned = list(self._learned(records))

@@ -1,14 +1,14 @@
 """Pictures of what a method makes of the pixels that it hides: image, what is left of it, and the prediction."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from vlm_jax.data.sources import Source
 from vlm_jax.evals.base import Encoder, EvalConfig, EvalResult
-from vlm_jax.evals.features import gather, to_host
+from vlm_jax.evals.features import first_rows
 from vlm_jax.evals.pictures import image_rows
 from vlm_jax.schema import ConfigError
 
@@ -51,18 +51,15 @@ class ReconstructionsEvaluator:
         """One picture, on the primary process; raises `EvalError` when there is no usable image."""
         config, encoder = self._config, self._encoder
 
-        def made() -> Iterator[dict[str, jax.Array]]:
-            found = 0
-            for batch in encoder.image_batches(self._source):
-                drawn = encoder.reconstruct(params, batch["image"], batch["index"], config.seed)
-                yield {"image": batch["image"], **drawn, "mask": batch["mask"]}
-                found += int(to_host(batch["mask"]).sum())
-                if found >= config.pictured:
-                    return
+        def drawn(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            return {
+                "image": batch["image"],
+                **encoder.reconstruct(params, batch["image"], batch["index"], config.seed),
+            }
 
-        rows = gather(made(), f"Evaluation {config.name!r} found no usable image among {len(self._source)} records.")
+        nothing = f"Evaluation {config.name!r} found no usable image among {len(self._source)} records."
+        columns = first_rows(encoder.image_batches(self._source), drawn, config.pictured, nothing)
         if jax.process_index():
             return EvalResult({})
-        columns = {name: array[: config.pictured] for name, array in rows.items()}
         picture = image_rows(columns, f"{config.name}, step {step:,}")
         return EvalResult({}, images={f"reconstructions/{config.name}/rows": picture})

@@ -118,7 +118,7 @@ class VqaEvaluator:
         rows = [answered(said.records[place], said.texts[place]) for place in known]
         try:
             return SCORERS[self._config.score](rows)
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             raise EvalError(
                 f"Evaluation {self._config.name!r}: score = {self._config.score!r} does not fit the answers of its "
                 f"source ({error}); give the source of that benchmark, or another score."

@@ -11,9 +11,13 @@ from conversations import llava_tokenizer, nanovlm_tokenizer
 from PIL import Image
 from pyarrow import parquet
 
+from vlm_jax.config import load_config
 from vlm_jax.data.chat_config import LLAVA_STAGE_2, NANOVLM
 from vlm_jax.data.chat_examples import ChatExamples
 from vlm_jax.data.sources import BenchmarkConfig, source_at
+from vlm_jax.data.sources.benchmark import LAYOUTS
+from vlm_jax.evals.scoring import SCORERS
+from vlm_jax.evals.vqa import VqaConfig
 from vlm_jax.schema import ConfigError, validate
 
 WORD = "\nAnswer the question using a single word or phrase."
@@ -98,6 +102,13 @@ def test_llavas_questions_with_answers_of_vqav2_or_their_own(tmp_path: Path) -> 
     source = BenchmarkConfig("llava", dump_lines(tmp_path / "own.jsonl", own)).build("")
     assert [source[i]["answers"] for i in range(2)] == [("4",), ("no",)]
     assert source[0]["images"] == ()
+
+
+def test_llavas_questions_with_options(tmp_path: Path) -> None:
+    prompt = "Which?\nA. a cat\nC. not yet\nB. a dog\nC. A. both" + LETTER
+    line = {"question_id": 3, "text": prompt, "answer": "B"}
+    record = BenchmarkConfig("llava", dump_lines(tmp_path / "choice.jsonl", [line])).build("")[0]
+    assert (record["options"], record["answers"]) == (("a cat", "a dog", "A. both"), ("B",))
 
 
 def test_pope(tmp_path: Path) -> None:
@@ -231,3 +242,52 @@ def test_wrong_files_are_one_sentence(tmp_path: Path) -> None:
         BenchmarkConfig("mme", str(tmp_path / "mme")).build("")
     with pytest.raises(ConfigError, match=r"prompt = 'ask' must hold \{\} once"):
         validate(BenchmarkConfig(prompt="ask"))
+
+
+def test_the_folder_of_llavas_evaluations_is_read_by_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its docs/Evaluation.md lays it out."""
+    config = load_config(str(Path(__file__).parents[3] / "configs" / "llava15_7b_stage2.py") + ":evals")
+    alone = load_config(str(Path(__file__).parents[3] / "configs" / "llava15_7b_lora.py") + ":pope")
+    assert alone.evals == tuple(entry for entry in config.evals if entry.name == "pope")
+    folder = tmp_path / "playground" / "data" / "eval"
+    images = ("vqav2/test2015", "gqa/data/images", "textvqa/train_images", "pope/val2014")
+    for name in (*images, "pope/coco", "MME/MME_Benchmark_release_version/OCR", "llava-bench-in-the-wild/images"):
+        (folder / name).mkdir(parents=True)
+    line = {"question_id": 7, "image": "a.jpg", "text": "What?" + WORD}
+    dump_lines(folder / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl", [line])
+    dump_lines(folder / "llava-bench-in-the-wild" / "questions.jsonl", [line])
+    gqa = {"imageId": "1", "question": "Is it?", "answer": "no", "isBalanced": True, "types": {"structural": "verify"}}
+    dump(folder / "gqa" / "data" / "testdev_balanced_questions.json", {"1": gqa})
+    dump(folder / "scienceqa" / "problems.json", {"4": {"question": "Which?", "choices": ["x", "y"], "answer": 1}})
+    dump(folder / "scienceqa" / "pid_splits.json", {"test": ["4"]})
+    dump_lines(folder / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl", [{**line, "question_id": "a"}])
+    text = {"question": "What?", "image_id": "a", "question_id": 1, "answers": ["x"] * 10}
+    dump(folder / "textvqa" / "TextVQA_0.5.1_val.json", {"data": [text]})
+    dump_lines(folder / "pope" / "coco" / "coco_pope_random.json", [{**line, "label": "no"}])
+    (folder / "MME" / "MME_Benchmark_release_version" / "OCR" / "1.txt").write_text("Is it?\tYes\nIs it?\tNo\n")
+    monkeypatch.chdir(tmp_path)
+    known = {}
+    for evaluation in config.evals:
+        validate(evaluation)
+        source = evaluation.open_source("")
+        known[evaluation.name] = (len(source), source[0]["answers"])
+    assert known == {
+        "vqav2": (1, ()),
+        "gqa": (1, ("no",)),
+        "scienceqa": (1, ("B",)),
+        "textvqa": (1, ("x",) * 10),
+        "pope": (1, ("no",)),
+        "mme": (2, ("Yes",)),
+        "samples": (1, ()),
+    }
+    scores = {evaluation.name: evaluation.score for evaluation in config.evals if isinstance(evaluation, VqaConfig)}
+    assert scores == {name: name for name in ("gqa", "scienceqa", "textvqa", "pope", "mme")} | {"vqav2": "vqa"}
+
+
+def test_every_layout_and_every_score_stand_in_the_document() -> None:
+    document = (Path(__file__).parents[3] / "docs" / "vlm_evaluation.md").read_text(encoding="utf-8")
+    table = [[cell.strip() for cell in line.split("|")] for line in document.splitlines() if line.startswith("| ")]
+    assert {cells[2] for cells in table[1:]} == {f"`{layout}`" for layout in LAYOUTS}
+    assert {cells[4] for cells in table[1:]} - {"any"} == {f"`{score}`" for score in SCORERS} - {"`exact`"}

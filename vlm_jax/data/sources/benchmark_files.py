@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import string
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,10 +16,11 @@ from vlm_jax.data.sources.paths import find_files
 from vlm_jax.schema import ConfigError
 
 Layout = Literal["vqav2", "textvqa", "llava", "pope", "mme", "scienceqa", "mmstar", "gqa", "docvqa"]
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = string.ascii_uppercase
 _IMAGE_ENDS = (".jpg", ".jpeg", ".png")
 _YES_OR_NO = " Please answer yes or no."
 _OPTION = re.compile(r"(?:^|[\s,])([A-H]): ")
+_OPTION_LINE = re.compile(r"([A-H])[.)] (.*)")
 
 
 class Question(NamedTuple):
@@ -127,7 +129,7 @@ def read_llava(files: Files) -> list[Question]:
     """LLaVA's questions: an object a line of `question_id`, `image`, `text` (the whole prompt), perhaps `category`.
 
     Answers are in the object (`answer` or `label`), or in `annotations`: VQAv2's, by `question_id`, or TextVQA's, by
-    the image that `question_id` names there and the question.
+    the image that `question_id` names there and the question. Options are lines of the prompt, `A. text`.
     """
     by_id: dict[str, tuple[tuple[str, ...], str, str]] = {}
     by_question: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -147,9 +149,19 @@ def read_llava(files: Files) -> list[Question]:
                 answers = by_question.get((identity, line), answers)
             kind = str(entry.get("category", kind))
             images = (ImageFile(entry["image"], files.root(file)),) if entry.get("image") else ()
-            found.append(_question(entry, "question_id", "text", file, images, answers, reference, kind))
+            one = _question(entry, "question_id", "text", file, images, answers, reference, kind)
+            found.append(one._replace(options=option_lines(prompt)))
     _check_answered(found, files.annotations)
     return found
+
+
+def option_lines(prompt: str) -> tuple[str, ...]:
+    """The texts of the lines `A. text`, `B. text`, ... of a prompt, perhaps none."""
+    found: list[str] = []
+    for line in map(_OPTION_LINE.fullmatch, prompt.split("\n")):
+        if line is not None and line[1] == LETTERS[len(found)]:
+            found.append(line[2])
+    return tuple(found)
 
 
 def read_pope(files: Files) -> list[Question]:

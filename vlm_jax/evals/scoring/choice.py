@@ -5,13 +5,14 @@ never read the question a share of the points.
 """
 
 import re
+import string
 from collections.abc import Sequence
 
 import numpy as np
 
 from vlm_jax.evals.scoring.base import Answered, Scores, mean_points
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = string.ascii_uppercase
 _LETTER = re.compile(r"\(?([A-Z])(?:\)|\.|:)?")
 _LETTER_AND_TEXT = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.:)])\s+(\S.*)", re.DOTALL)
 
@@ -46,8 +47,11 @@ def chosen(text: str, options: Sequence[str]) -> int:
 
 
 def right_option(row: Answered) -> int:
-    """The number of the right option, whose letter is the known answer."""
-    return LETTERS.index(row.answers[0].strip())
+    """The number of the right option, whose letter is the known answer; raises `ValueError` when it is no letter."""
+    letter = row.answers[0].strip()
+    if len(letter) != 1 or letter not in LETTERS:
+        raise ValueError(f"an answer is {letter!r}, not the letter of an option")
+    return LETTERS.index(letter)
 
 
 def score_choice(rows: Sequence[Answered]) -> Scores:
@@ -63,16 +67,16 @@ def score_choice(rows: Sequence[Answered]) -> Scores:
 
 
 _SCIENCE_LETTER = re.compile(r"([A-E])\. ")
-_SCIENCE_SENTENCE = re.compile(r"The answer is ([A-E])")
+_SCIENCE_SENTENCE, _SCIENCE_PART = re.compile(r"The answer is ([A-E])\."), re.compile(r"The answer is ([A-E])")
 
 
 def science_chosen(text: str, options: Sequence[str]) -> int:
     """The option that an answer names by LLaVA's reading, or -1: a letter from A to E alone, one followed by a point
-    and a space at the very beginning, or one behind `The answer is `."""
+    and a space at the very beginning, or one behind `The answer is `, that with a point behind it before others."""
     said = text.replace("\n", ". ")
     letter = said.strip()
     if len(letter) != 1 or letter not in LETTERS[:5]:
-        match = _SCIENCE_LETTER.match(said) or _SCIENCE_SENTENCE.search(said)
+        match = _SCIENCE_LETTER.match(said) or _SCIENCE_SENTENCE.search(said) or _SCIENCE_PART.search(said)
         letter = match[1] if match else ""
     number = LETTERS.index(letter) if letter else -1
     return number if number < len(options) else -1
@@ -89,4 +93,4 @@ def score_scienceqa(rows: Sequence[Answered]) -> Scores:
     return Scores({**image, **scores.metrics, "unreadable": picked.count(-1) / len(picked)}, scores.points)
 
 
-__all__ = ["LETTERS", "chosen", "right_option", "science_chosen", "score_choice", "score_scienceqa"]
+__all__ = ["chosen", "right_option", "science_chosen", "score_choice", "score_scienceqa"]

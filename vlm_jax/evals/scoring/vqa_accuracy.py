@@ -68,7 +68,13 @@ def m4c_normalised(text: str) -> str:
 
 
 def agreement(answer: str, people: Sequence[str]) -> float:
-    """The mean, over all choices of all people but one, of min(how many of those said it / 3, 1)."""
+    """The mean, over all choices of all people but one, of min(how many of those said it / 3, 1).
+
+    Raises:
+        ValueError: there are no two people.
+    """
+    if len(people) < 2:
+        raise ValueError("a question was answered by one, and agreement takes several people")
     said = sum(person == answer for person in people)
     # Who is left out said it, or didn't.
     with_it, without_it = min(max(said - 1, 0) / ENOUGH, 1.0), min(said / ENOUGH, 1.0)

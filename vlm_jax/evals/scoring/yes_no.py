@@ -12,6 +12,14 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
+def known(row: Answered) -> str:
+    """The right answer, "yes" or "no"; raises `ValueError` when it is neither."""
+    answer = row.answers[0].strip().lower()
+    if answer not in ("yes", "no"):
+        raise ValueError(f"an answer is {answer!r}, neither yes nor no")
+    return answer
+
+
 def says_no(text: str) -> bool:
     """POPE's reading: whether a word of the first sentence is No, no or not; all else is yes."""
     words = text.partition(".")[0].replace(",", "").split(" ")
@@ -40,7 +48,7 @@ def score_pope(rows: Sequence[Answered]) -> Scores:
     """`f1`, the mean over the ways in which objects were drawn (random, popular, adversarial), as tables have it; what
     `detection` tells of all questions and of each way, `f1_all` being the F1 over all questions."""
     said_yes = np.asarray([not says_no(row.text) for row in rows])
-    is_yes = np.asarray([row.answers[0].strip().lower() != "no" for row in rows])
+    is_yes = np.asarray([known(row) == "yes" for row in rows])
     whole = detection(said_yes, is_yes)
     kinds = {kind: detection(said_yes[at], is_yes[at]) for kind, at in kinds_of(rows).items()}
     mean = float(np.mean([found["f1"] for found in kinds.values()])) if kinds else whole["f1"]
@@ -60,12 +68,12 @@ def score_mme(rows: Sequence[Answered]) -> Scores:
     questions answered rightly (`accuracy/<category>` in 0..1), and 100 for all images of which every question is
     (`accuracy_plus/<category>`). `other` is the share of answers that are neither yes nor no."""
     said = [yes_or_no(row.text) for row in rows]
-    right = np.asarray([a == yes_or_no(row.answers[0]) for a, row in zip(said, rows, strict=True)], np.float64)
+    right = np.asarray([text == known(row) for text, row in zip(said, rows, strict=True)], np.float64)
     metrics = {"perception": 0.0, "cognition": 0.0, "total": 0.0, "other": said.count("other") / len(said)}
     for kind, places in kinds_of(rows).items():
         images: dict[str, list[float]] = {}
         for place in places.tolist():
-            images.setdefault(rows[place].group, []).append(right[place])
+            images.setdefault(rows[place].group, []).append(float(right[place]))
         accuracy, plus = float(right[places].mean()), float(np.mean([min(image) for image in images.values()]))
         metrics |= {
             f"accuracy/{kind}": accuracy,
