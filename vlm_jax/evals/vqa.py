@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vlm_jax.data.question_examples import known_answers as answers_of
 from vlm_jax.data.sources import Record, Source
 from vlm_jax.data.sources.chats import conversation_of
 from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, EvalResult
@@ -123,14 +124,6 @@ class VqaEvaluator:
                 f"Evaluation {self._config.name!r}: score = {self._config.score!r} does not fit the answers of its "
                 f"source ({error}); give the source of that benchmark, or another score."
             ) from error
-
-
-def answers_of(record: Record) -> tuple[str, ...]:
-    """The right answers of a question: those of a benchmark's record, or what the assistant says last."""
-    if "answers" in record:
-        return record["answers"]
-    last = conversation_of(record, "")["turns"][-1]
-    return (last.text,) if last.role == "assistant" else ()
 
 
 def question_of(record: Record) -> str:
