@@ -175,3 +175,14 @@ def test_the_tokenizer_comes_along_where_it_is_asked_for(tmp_path: Path) -> None
     assert found("with", False).state() != tokenizer.state()
     with pytest.raises(ConfigError, match=r"init_from.tokenizer = true, but .*without holds no tokenizer"):
         found("without", True)
+
+
+def test_parameters_of_one_source_have_buffers_of_their_own(source: str) -> None:
+    """The step gives each of them away, which it can do with a buffer but once."""
+    kernel = source_params()["image"]["kernel"]
+    rules = InitFrom(path=source, map=(("layer_./kernel", "image/kernel"),), ignore=("(image|text)/.*", "logit_scale"))
+    new = warm_start(blank({f"layer_{i}": {"kernel": kernel} for i in range(2)}), rules, config_of(16))
+    arrays = [jnp.asarray(layer["kernel"]) for layer in new.values()]
+    for array in arrays:
+        np.testing.assert_array_equal(array, kernel)
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == 2
