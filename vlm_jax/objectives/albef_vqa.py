@@ -159,7 +159,7 @@ class AlbefVqa(PairObjective):
         self, params: Any, batch: Mapping[str, jax.Array], config: GenerationConfig, keys: jax.Array | None = None
     ) -> Generated:
         """What the decoder writes to rows of `image` and `text`; see the base."""
-        writer = AnswerWriter(self.module, *self._question(params, batch, None)[:2])
+        writer: Any = AnswerWriter(self.module, *self._question(params, batch, None)[:2])
         start_Bx1 = batch["text"][:, :1]
         return generate(writer, params, start_Bx1, jnp.ones(start_Bx1.shape, bool), config, keys=keys)
 

@@ -67,7 +67,7 @@ class JsonListsSource:
         """The bytes of the image file, its captions, what tells the image apart, and its label when there is one."""
         row, key, where = self._row(index), *self._place(index)
         named, identity = row.get(self.config.image_key), row.get(self.config.image_id_key)
-        names = named if isinstance(named, list) else [named]
+        names: list[Any] = named if isinstance(named, list) else [named]
         if not names or not all(isinstance(name, str) and name for name in names):
             raise BadRecord(where, key, f"it names no image under {self.config.image_key!r}")
         texts = captions_or_why(lambda: self.captions.read(row, where, key)) if self.captions.keys else {"texts": ()}
