@@ -35,13 +35,15 @@ RUNS = {
     "plain": "{share:.0%} wrong, without distillation",
 }
 MEASURES = {  # title -> what stands in eval.json
-    "text R@1, contrast": "image_to_text_r1",
-    "text R@1, matching": "image_to_text_r1_reranked",
-    "image R@1, contrast": "text_to_image_r1",
-    "image R@1, matching": "text_to_image_r1_reranked",
-    "right of own pairs": "matching_accuracy_own",
-    "right of hard pairs": "matching_accuracy_hard",
-    "mean of the two": "matching_accuracy",
+    "text R@1, contrast": "retrieval/shapes/image_to_text_r1",
+    "text R@1, matching": "retrieval/shapes/image_to_text_r1_reranked",
+    "image R@1, contrast": "retrieval/shapes/text_to_image_r1",
+    "image R@1, matching": "retrieval/shapes/text_to_image_r1_reranked",
+    "right of own pairs": "retrieval/shapes/matching_accuracy_own",
+    "right of hard pairs": "retrieval/shapes/matching_accuracy_hard",
+    "mean of the two": "retrieval/shapes/matching_accuracy",
+    "points at the named object": "grounding/objects/pointing",
+    "with its patch": "grounding/objects/pointing_patch",
 }
 
 
@@ -104,7 +106,7 @@ def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
         results = {}
         for run, config in configs.items():
             found = finished(config, flags.workdir / run)
-            results[run] = {key: found[f"retrieval/shapes/{key}"] for key in MEASURES.values()}
+            results[run] = {key: found[key] for key in MEASURES.values()}
         text = table(results, flags.share)
         saved = {"steps": configs[flags.runs[0]].train.steps, "share": flags.share, "seed": flags.seed}
         saved |= {"overrides": overrides, "results": results}

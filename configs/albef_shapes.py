@@ -15,6 +15,7 @@ from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import ShapesConfig
 from vlm_jax.data.text import ALBEF_TOKENIZER
+from vlm_jax.evals.grounding import GroundingConfig
 from vlm_jax.evals.retrieval import RetrievalConfig
 from vlm_jax.losses.masked_words import WordMaskConfig
 from vlm_jax.models.albef import AlbefModelConfig, deit_b16
@@ -25,6 +26,7 @@ from vlm_jax.schedule import Cosine
 from vlm_jax.schema import override
 
 SCENES = ShapesConfig(image_size=48, count=20000, max_objects=2)
+HELD_OUT = dataclasses.replace(SCENES, split="test", count=256)
 LENGTH, VOCABULARY = 20, 128
 STEPS = 2400
 
@@ -42,6 +44,7 @@ SMOKE = {
     "train.log_every": 2,
     "checkpoint.every": 3,
     "evals.shapes.limit": 48,
+    "evals.objects.limit": 48,
 }
 
 
@@ -75,10 +78,13 @@ def get_config(name: str = "") -> Config:
         evals=(
             RetrievalConfig(
                 "shapes",
-                dataclasses.replace(SCENES, split="test", count=256),
+                HELD_OUT,
                 captions_per_image=1,
                 shared_captions=True,
                 rerank=32,
+            ),
+            GroundingConfig(
+                "objects", dataclasses.replace(SCENES, split="test", count=256, named_objects=True), layer=1
             ),
         ),
     )

@@ -11,6 +11,7 @@ from vlm_jax import schema
 from vlm_jax.assemble import build_program
 from vlm_jax.config import Config, check_same_run, from_json, load_config, to_json
 from vlm_jax.evals.generate import GenerateConfig
+from vlm_jax.evals.grounding import GroundingConfig
 from vlm_jax.evals.retrieval import RetrievalConfig
 from vlm_jax.mesh import batch_sharding
 from vlm_jax.metrics import read_json
@@ -108,5 +109,5 @@ def test_its_smoke_form_trains(path: Path, tmp_path: Path) -> None:
     config = load_config(f"{path}:smoke")
     assert train(config, str(tmp_path)) == 0
     assert read_json(tmp_path / "eval.json")["step"] == config.train.steps
-    pictured = any(isinstance(entry, RetrievalConfig | GenerateConfig) for entry in config.evals)
+    pictured = any(isinstance(entry, RetrievalConfig | GenerateConfig | GroundingConfig) for entry in config.evals)
     assert bool(list((tmp_path / "pictures").glob("*.png"))) == pictured

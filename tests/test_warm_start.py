@@ -15,7 +15,7 @@ from vlm_jax.assemble import build_run_tokenizer
 from vlm_jax.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, save_params
 from vlm_jax.data.text import SentencePieceConfig, build_tokenizer
 from vlm_jax.schema import ConfigError
-from vlm_jax.warm_start import InitFrom, warm_start
+from vlm_jax.warm_start import InitFrom, InitPart, warm_start
 
 
 def config_of(image_size, length: int = 6):
@@ -147,8 +147,17 @@ def test_a_runs_average_is_preferred_and_its_step_left(tmp_path):
 
 def test_rules_are_checked_before_anything_is_read():
     assert [key for key, _ in InitFrom(path="x", map=(("(", ""),), skip=("[",)).problems()] == ["map", "skip"]
-    assert [key for key, _ in InitFrom(skip=("a",)).problems()] == ["skip"]
+    assert [key for key, _ in InitFrom(tokenizer=True).problems()] == ["tokenizer"]
     assert not list(InitFrom().problems())
+
+
+def test_a_random_start_that_was_not_meant_is_told():
+    part, other = InitPart("image", "image/.*"), InitPart("text", "text/.*", path="runs/bert")
+    assert InitFrom().random_start == InitFrom(path="x", parts=(part,)).random_start == ""
+    assert InitFrom(parts=(other,)).random_start == ""
+    assert "image without a path" in InitFrom(parts=(part, other)).random_start
+    for rules in (InitFrom(extra=True), InitFrom(skip=("a",)), InitFrom(parts=(part,))):
+        assert rules.random_start.startswith("config.init_from names no path: all parameters start at random")
 
 
 def test_the_tokenizer_comes_along_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -166,3 +175,14 @@ def test_the_tokenizer_comes_along_where_it_is_asked_for(tmp_path: Path) -> None
     assert found("with", False).state() != tokenizer.state()
     with pytest.raises(ConfigError, match=r"init_from.tokenizer = true, but .*without holds no tokenizer"):
         found("without", True)
+
+
+def test_parameters_of_one_source_have_buffers_of_their_own(source: str) -> None:
+    """The step gives each of them away, which it can do with a buffer but once."""
+    kernel = source_params()["image"]["kernel"]
+    rules = InitFrom(path=source, map=(("layer_./kernel", "image/kernel"),), ignore=("(image|text)/.*", "logit_scale"))
+    new = warm_start(blank({f"layer_{i}": {"kernel": kernel} for i in range(2)}), rules, config_of(16))
+    arrays = [jnp.asarray(layer["kernel"]) for layer in new.values()]
+    for array in arrays:
+        np.testing.assert_array_equal(array, kernel)
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == 2

@@ -147,11 +147,18 @@ class MetricWriter:
         self._add_events([summary.text(name, markdown)], int(step), self._clock())
 
     def predictions(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Writes `predictions/<name>-<step>.jsonl`, `/` in names as `-`, an object a line."""
+        """Writes `predictions/<name>-<step>.jsonl`, `/` in names as `-`, an object a line.
+
+        Of answers to questions also `<name>-<step>.json`, the list of ids and answers that VQAv2's server takes.
+        """
         if not self._is_primary:
             return
         path = self._workdir / "predictions" / f"{name.replace('/', '-')}-{step:08d}.jsonl"
         _write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        wanted = ("question_id", "answer")
+        if lines and all(key in line for line in lines for key in wanted):
+            submission = [{key: line[key] for key in wanted} for line in lines]
+            _write_atomically(path.with_suffix(".json"), json.dumps(submission, ensure_ascii=False).encode())
 
     def truncate_after(self, step: int) -> list[dict[str, Any]]:
         """Forgets what a run wrote beyond `step`, the step it was restored at, so that no step is logged twice.

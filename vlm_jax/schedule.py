@@ -120,12 +120,14 @@ class EpochCosine(ScheduleConfig):
     """Half a cosine from the peak to `final` that moves once an epoch; the warm-up rises in stairs (ALBEF, timm).
 
     Epoch e of n has the factor final + (1 - final) (1 + cos(pi e / n)) / 2, so that the last one is not quite at
-    `final`. In the warm-up, within the first epoch, the factor rises from `final` by a stair each `warmup_stair` steps.
+    `final`. In the warm-up, within the first epoch, the factor rises from `warmup_start` by a stair each `warmup_stair`
+    steps.
     """
 
     epoch_steps: int = 1  # steps of an epoch
     final: float = 0.1  # factor where the cosine would end
     warmup_stair: int = 100  # steps of a stair of the warm-up
+    warmup_start: float | None = None  # factor where the warm-up begins; None: `final`
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Lengths out of range."""
@@ -133,6 +135,8 @@ class EpochCosine(ScheduleConfig):
         for key in ("epoch_steps", "warmup_stair"):
             if getattr(self, key) < 1:
                 yield key, f"= {getattr(self, key)} must be at least 1 step"
+        if self.warmup_start is not None and not self.warmup_steps:
+            yield "warmup_start", f"= {self.warmup_start} has no effect without a warm-up; set warmup_steps"
 
     def factor(self, step: jax.Array, total: int) -> jax.Array:
         """See the base."""
@@ -143,7 +147,8 @@ class EpochCosine(ScheduleConfig):
         if not self.warmup_steps:
             return value
         climbed = jnp.floor(step_f / self.warmup_stair) * self.warmup_stair / self.warmup_steps
-        return jnp.where(step_f < self.warmup_steps, self.final + (1 - self.final) * climbed, value)
+        start = self.final if self.warmup_start is None else self.warmup_start
+        return jnp.where(step_f < self.warmup_steps, start + (1 - start) * climbed, value)
 
 
 @dataclasses.dataclass(frozen=True)

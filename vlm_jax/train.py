@@ -166,6 +166,8 @@ class _Run:
         say(f"{config.name}: {sum(counts.values()):,} parameters ({per_part})")
         say(f"mesh {shape} ({jax.devices()[0].device_kind})")
         say(f"{len(self.source):,} records, batch {config.data.batch_size}")
+        if self.config.init_from.random_start and not resumed:
+            say(self.config.init_from.random_start)
         say(f"workdir {self.workdir}" + (f", continued at step {self.step}" if resumed else ""))
 
     def loop(self, stop: StopRequest) -> int:

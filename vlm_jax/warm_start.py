@@ -6,11 +6,13 @@ Only parameters are taken: never the step, the optimiser or the data position. R
 
 import contextlib
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
@@ -21,6 +23,7 @@ from vlm_jax.digest import flatten_paths
 from vlm_jax.schema import ConfigError
 from vlm_jax.warm_resize import fit
 
+_log = logging.getLogger(__name__)
 _STACK = re.compile(r"(.*/)?blocks/.*")  # leaves with a leading axis of layers
 
 
@@ -61,7 +64,8 @@ class InitFrom:
 
     # parameters that come from other sources, before all else; the first part whose pattern matches
     parts: tuple[InitPart, ...] = ()
-    # also what the source's method keeps beside its parameters: an averaged model, queues (ALBEF)
+    # also what the source's method keeps beside its parameters: an averaged model, queues (ALBEF); `map` and `skip` are
+    # for these paths too
     extra: bool = False
     # the tokenizer of the source instead of the one that config.data.tokenizer describes
     tokenizer: bool = False
@@ -71,17 +75,23 @@ class InitFrom:
         """Whether anything is loaded."""
         return bool(self.path or any(part.path for part in self.parts))
 
+    @property
+    def random_start(self) -> str:
+        """A sentence on what this describes the source of without naming it; empty where there is no such thing."""
+        idle = [part.name for part in self.parts if not part.path]
+        if self.path or not (idle or self.map or self.skip or self.ignore or self.extra):
+            return ""
+        if self.sources:
+            return f"config.init_from.parts: {', '.join(idle)} without a path, so that they start at random"
+        return "config.init_from names no path: all parameters start at random, not from a checkpoint as its rules mean"
+
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Patterns that aren't regular expressions, and rules without a source."""
+        """Patterns that aren't regular expressions, and a tokenizer of no source."""
         yield from _map_problems(self.map)
         for key in ("skip", "ignore", "resize"):
             yield from _pattern_problems(key, getattr(self, key))
-        for key, group in (("map", self.map), ("skip", self.skip), ("ignore", self.ignore)):
-            if group and not self.path:
-                yield key, "is given without a source; set init_from.path"
-        for key in ("extra", "tokenizer"):
-            if getattr(self, key) and not self.path:
-                yield key, "is true without a source; set init_from.path"
+        if self.tokenizer and not self.path:
+            yield "tokenizer", "is true without a source; set init_from.path"
         names = [part.name for part in self.parts]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield "parts", f"has two parts named {name!r}; give each its own name"
@@ -150,18 +160,26 @@ def warm_extra(extra: Any, init_from: InitFrom, new_config: Mapping[str, Any]) -
         init_from: the source, and what may be resized.
         new_config: as for `warm_start`.
 
+    Returns:
+        A tree like `extra`. What `init_from.skip` names is as it was; so is all where the source keeps nothing.
+
     Raises:
         ConfigError: lists every array that the source lacks or has in another shape.
         CheckpointError: no checkpoint there, or a damaged one.
     """
     directory = find_step(init_from.path)
-    meta, ours = read_meta(directory), flatten_paths(extra)
+    meta, whole = read_meta(directory), flatten_paths(extra)
     manifest = meta["manifest"]
-    problems = [f"{path}: not in the source" for path in ours if f"extra/{path}" not in manifest]
+    if not any(path.startswith("extra/") for path in manifest):
+        _log.info("%s keeps nothing beside its parameters: an averaged model begins as the model", directory)
+        return extra
+    ours = {path: leaf for path, leaf in whole.items() if not any(re.fullmatch(rule, path) for rule in init_from.skip)}
+    sources = {path: f"extra/{_mapped(init_from.map, path)[0]}" for path in ours}
+    problems = [f"{path}: not in the source" for path, source in sources.items() if source not in manifest]
     resizes = {}
     for path, leaf in ours.items():
-        if entry := manifest.get(f"extra/{path}"):
-            old, configs = (path, entry["shape"]), (meta["config"], new_config)
+        if entry := manifest.get(sources[path]):
+            old, configs = (sources[path].removeprefix("extra/"), entry["shape"]), (meta["config"], new_config)
             resize, sentences = fit(init_from.resize, old, (path, leaf.shape), configs)
             problems += sentences
             resizes |= {} if resize is None else {path: resize}
@@ -170,16 +188,34 @@ def warm_extra(extra: Any, init_from: InitFrom, new_config: Mapping[str, Any]) -
             f"config.init_from.extra: what {directory} holds beside its parameters doesn't fit this method; change the "
             "method's sizes, or set init_from.extra = false:\n  " + "\n  ".join(problems)
         )
+    new = whole | _read(directory, manifest, sources, ours, resizes)
+    return jax.tree.unflatten(jax.tree.structure(extra), [new[path] for path in whole])
+
+
+def _read(
+    directory: Any,
+    manifest: Mapping[str, Any],
+    sources: Mapping[str, str],
+    ours: Mapping[str, Any],
+    resizes: Mapping[str, Any],
+    layers: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """{our path: the leaf stored at its source path, of `layers` of a stack, resized, in our dtype and sharding}."""
     wanted = {}
-    for path, leaf in ours.items():
-        entry, sharding = manifest[f"extra/{path}"], leaf.sharding
+    for path, source in sources.items():
+        entry, sharding = manifest[source], ours[path].sharding
         sharding = _replicated(sharding) if path in resizes else sharding
-        wanted[f"extra/{path}"] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
-    arrays = {path.removeprefix("extra/"): x for path, x in read_arrays(directory, manifest, wanted).items()}
-    for path, resize in resizes.items():
-        arrays[path] = jax.device_put(resize(np.asarray(arrays[path])), ours[path].sharding)
-    new = [arrays[path].astype(leaf.dtype) for path, leaf in ours.items()]
-    return jax.tree.unflatten(jax.tree.structure(extra), new)
+        wanted[source] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
+    found, new = read_arrays(directory, manifest, wanted), {}
+    arrays = _each_its_own({path: found[source] for path, source in sources.items()})
+    for path, source in sources.items():
+        array = arrays[path]
+        if layers is not None and _STACK.fullmatch(source):
+            array = array[slice(*layers)]
+        if path in resizes:
+            array = resizes[path](np.asarray(array))
+        new[path] = jax.device_put(array.astype(ours[path].dtype), ours[path].sharding)
+    return new
 
 
 def _loaded(
@@ -212,20 +248,8 @@ def _loaded(
             f"{where}: the parameters in {directory} don't fit this model. Rename by init_from.map, keep the "
             "random start by init_from.skip, leave out by init_from.ignore:\n  " + "\n  ".join(problems)
         )
-    wanted = {}
-    for path, source_path in sources.items():
-        entry, sharding = source[source_path], ours[path].sharding
-        sharding = _replicated(sharding) if path in resizes else sharding
-        wanted[stored[source_path]] = jax.ShapeDtypeStruct(entry["shape"], entry["dtype"], sharding=sharding)
-    arrays, new = read_arrays(directory, meta["manifest"], wanted), {}
-    for path, source_path in sources.items():
-        array = arrays[stored[source_path]]
-        if layers is not None and _STACK.fullmatch(source_path):
-            array = array[slice(*layers)]
-        if path in resizes:
-            array = resizes[path](np.asarray(array))
-        new[path] = jax.device_put(array.astype(ours[path].dtype), ours[path].sharding)
-    return new
+    places = {path: stored[source_path] for path, source_path in sources.items()}
+    return _read(directory, meta["manifest"], places, ours, resizes, layers)
 
 
 def _match(init_from: InitFrom, ours: list[str], source: list[str], whole: bool) -> tuple[dict[str, str], list[str]]:
@@ -235,12 +259,8 @@ def _match(init_from: InitFrom, ours: list[str], source: list[str], whole: bool)
         if skipped := [pattern for pattern in init_from.skip if re.fullmatch(pattern, path)]:
             used.update(("skip", pattern) for pattern in skipped)
             continue
-        source_path = path
-        for pattern, replacement in init_from.map:
-            if match := re.fullmatch(pattern, path):
-                source_path = match.expand(replacement)
-                used.add(("map", pattern))
-                break
+        source_path, rule = _mapped(init_from.map, path)
+        used.add(("map", rule))
         if source_path in source:
             sources[path] = source_path
         else:
@@ -256,6 +276,23 @@ def _match(init_from: InitFrom, ours: list[str], source: list[str], whole: bool)
         f"init_from.{key}: {pattern!r} matches nothing" for key, pattern in rules if (key, pattern) not in used
     ]
     return sources, problems
+
+
+def _each_its_own(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The arrays, copied where one stands for several parameters: the step gives each buffer away once."""
+    seen: set[int] = set()
+    for path, array in arrays.items():
+        arrays[path] = jnp.copy(array) if id(array) in seen else array
+        seen.add(id(array))
+    return arrays
+
+
+def _mapped(rules: Sequence[tuple[str, str]], path: str) -> tuple[str, str | None]:
+    """(the path in the source, the pattern of the rule that says so)."""
+    for pattern, replacement in rules:
+        if match := re.fullmatch(pattern, path):
+            return match.expand(replacement), pattern
+    return path, None
 
 
 def _replicated(sharding: Sharding) -> Sharding:

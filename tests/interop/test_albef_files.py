@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 import vlm_jax
 from vlm_jax.checkpoint import read_extra, read_params
+from vlm_jax.config import load_config
 from vlm_jax.data.images import PreprocessConfig
 from vlm_jax.data.word_pieces import SPECIAL
 from vlm_jax.interop.albef import OfficialAlbef
+from vlm_jax.interop.albef_classifier import OfficialPairClassifier
 from vlm_jax.interop.commands import export_weights, import_weights
 from vlm_jax.interop.files import read_weights
 from vlm_jax.interop.hf_bert import HfBert
@@ -26,9 +28,11 @@ from vlm_jax.losses.masked_words import WordMaskConfig
 from vlm_jax.mesh import unbox
 from vlm_jax.models.albef import AlbefModelConfig, deit_b16
 from vlm_jax.models.bert import TextEncoderConfig, TextStackConfig
+from vlm_jax.models.pair_classifier import PairClassifierConfig
 from vlm_jax.objectives.albef import AlbefConfig
 from vlm_jax.objectives.encoder import EncoderConfig, EncoderModelConfig
 from vlm_jax.objectives.mlm import MlmConfig, MlmModelConfig
+from vlm_jax.objectives.pair_classify import PairClassifyConfig
 from vlm_jax.schema import ConfigError, override, to_dict
 from vlm_jax.warm_start import InitFrom, InitPart, warm_extra, warm_start
 
@@ -43,6 +47,7 @@ MODEL = AlbefModelConfig(
 )
 CONFIG = AlbefConfig(model=MODEL, text_length=8, queue=12, hidden_words=WordMaskConfig(mask_id=4, spared_ids=(0, 2)))
 FORMAT = OfficialAlbef()
+ROOT = Path(__file__).parents[2]
 VOCABULARY = [*SPECIAL, "a", "dog"]
 
 
@@ -124,6 +129,77 @@ def test_copies_for_larger_images_have_their_positions_resized(published: Any, i
     np.testing.assert_allclose(copies["image"]["pos_embed"], expected, atol=1e-6)
     np.testing.assert_allclose(copies["image"]["pos_embed"], 1.5 * new["image"]["pos_embed"], atol=1e-6)
     tiny.assert_trees_equal(copies["fusion"], extra["averaged"]["fusion"])
+
+
+@pytest.mark.parametrize("recipe", ["albef_snli_ve.py", "albef_nlvr2.py:direct", "albef_nlvr2.py:assignment"])
+def test_the_fine_tuning_recipes_start_from_it(recipe: str, published: Any, imported: Path) -> None:
+    """By their own rules: doubled layers begin as the one that was trained, and so do their copies."""
+    _, params, extra = published
+    full = load_config(f"{ROOT}/configs/{recipe}")
+    objective: Any = full.objective
+    model = {"image": MODEL.image, "text": MODEL.text, "fusion": MODEL.fusion}
+    contexts = objective.model.fusion.contexts
+    if contexts > 1:
+        model["fusion"] = dataclasses.replace(MODEL.fusion, depth=4, contexts=2)
+    if "assignment" in recipe:
+        model["embed_dim"] = 8
+    config = dataclasses.replace(objective, model=dataclasses.replace(objective.model, **model), text_length=8)
+    init, saved = dataclasses.replace(full.init_from, path=str(imported)), {"objective": to_dict(config)}
+    random, own = start(config, 1)
+    new = warm_start(random, init, saved)
+    assert new.keys() == random.keys()
+    trained = [(params, new)]
+    if init.extra:
+        copies = warm_extra(own, init, saved)["averaged"]
+        trained.append((extra["averaged"], copies))
+        tiny.assert_trees_equal(copies["classifier"], own["averaged"]["classifier"])
+    for source, target in trained:
+        tiny.assert_trees_equal(
+            {name: target[name] for name in ("image", "text")}, {n: source[n] for n in ("image", "text")}
+        )
+        blocks, wanted = target["fusion"]["blocks"], source["fusion"]["blocks"]
+        if contexts == 1:
+            tiny.assert_trees_equal(blocks, wanted)
+            continue
+        own_cross = {name: wanted["cross"][name] for name in ("query", "out")}
+        tiny.assert_trees_equal(blocks["cross"], {name: wanted["cross"][name] for name in ("key", "value")})
+        for layer in ("layer_0", "layer_1"):
+            tiny.assert_trees_equal(blocks[layer], wanted | {"cross": own_cross})
+
+
+def test_a_classifier_of_two_images_comes_in_and_goes_out(tmp_path: Path) -> None:
+    """By the authors' names: no `bert.`, layers 1 to 4 behind a text encoder of one, keys and values stored twice."""
+    fusion = dataclasses.replace(MODEL.fusion, depth=4, contexts=2)
+    model = PairClassifierConfig(image=MODEL.image, text=MODEL.text, fusion=fusion, classes=2)
+    objective = PairClassifyConfig(model=model, text_length=16)
+    params, extra = start(objective, 0)
+    extra["averaged"] = jax.tree.map(lambda x: x * 1.5, extra["averaged"])
+    form = OfficialPairClassifier()
+    written = {**form.published(from_params(params, form.rows(model), form.title)), **form.write_extra(extra, model)}
+    layer, blocks = "text_encoder.encoder.layer.{}.crossattention.{}.weight", params["fusion"]["blocks"]
+    for place in range(4):
+        group, own = place // 2, blocks[f"layer_{place % 2}"]["cross"]
+        kernels = {"self.key": blocks["cross"]["key"], "self.query": own["query"]}
+        for name, found in kernels.items():
+            expected = np.asarray(found["kernel"][group]).reshape(found["kernel"].shape[1], -1).T
+            np.testing.assert_array_equal(written[layer.format(1 + place, name)], expected)
+    np.testing.assert_array_equal(written["cls_head.2.weight"], np.asarray(params["classifier"]["out"]["kernel"]).T)
+    assert {
+        "cls_head_m.0.bias",
+        "text_encoder_m.embeddings.LayerNorm.weight",
+        "visual_encoder_m.norm.bias",
+    } <= written.keys()
+    assert not [name for name in written if ".bert." in name]
+    torch.save({"model": {name: torch.from_numpy(np.array(x)) for name, x in written.items()}}, tmp_path / "nlvr.pth")
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    import_weights(tmp_path / "nlvr.pth", tmp_path / "imported")
+    tiny.assert_trees_equal(read_params(tmp_path / "imported")[0], params)
+    tiny.assert_trees_equal(read_extra(tmp_path / "imported"), extra)
+    export_weights(tmp_path / "imported", tmp_path / "exported", family="official")
+    again = load_file(tmp_path / "exported" / "model.safetensors")
+    assert again.keys() == written.keys()
+    for name, value in again.items():
+        np.testing.assert_array_equal(value, written[name], err_msg=name)
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:

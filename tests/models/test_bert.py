@@ -1,5 +1,6 @@
 """BERT's encoders against transformers' with random weights: of any depth, split anywhere, looking at images or not."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 from vlm_jax.flops import count_dot_flops
 from vlm_jax.interop.hf_bert import HfBert, cross_rows
 from vlm_jax.interop.tables import from_params, to_params, within
+from vlm_jax.mesh import unbox
 from vlm_jax.models.bert import MaskedWordHeadConfig, TextEncoder, TextStack, TextStackConfig
+from vlm_jax.models.grad_cam import attention_cam, token_cam
 from vlm_jax.models.transformer import stack_layers, unstack_layers
 from vlm_jax.objectives.mlm import MlmConfig, MlmModelConfig, MlmModule
 
 torch = pytest.importorskip("torch")
 from transformers import BertConfig, BertForMaskedLM  # noqa: E402 - transformers needs torch
+from transformers.models.bert import modeling_bert  # noqa: E402
 
 LAYERS, WIDTH = 4, 24
 IDS = np.asarray([[2, 7, 9, 11, 5, 0, 0], [2, 30, 31, 8, 9, 10, 12]], np.int32)
@@ -74,14 +78,22 @@ def ours(reference: Any) -> tuple[MlmModelConfig, Any, Any]:
     return config, params, besides
 
 
-def reference_states(model: Any, layers: list[bool]) -> np.ndarray:
-    """One pass through all layers by hand; `layers` says which of them look at the image."""
-    mask = torch.tensor(np.where(IDS == 0, -1e9, 0.0), dtype=torch.float32)[:, None, None, :]
+def reference_states(model: Any, layers: list[bool], seen: np.ndarray | None = None) -> np.ndarray:
+    """One pass through all layers by hand; `layers` says which of them look at the image, and `seen` at what of it."""
     with torch.no_grad():
-        x = model.bert.embeddings(torch.tensor(IDS, dtype=torch.long))
-        for layer, looks in zip(model.bert.encoder.layer, layers, strict=True):
-            x = layer(x, mask, encoder_hidden_states=torch.tensor(IMAGE) if looks else None)
-    return x.numpy()
+        return reference_pass(model, layers, seen)[1].numpy()
+
+
+def reference_pass(model: Any, layers: list[bool], seen: np.ndarray | None = None) -> tuple[Any, Any]:
+    """(embeddings, states) of torch, which may be differentiated."""
+    mask = torch.tensor(np.where(IDS == 0, -1e9, 0.0), dtype=torch.float32)[:, None, None, :]
+    image_mask = None if seen is None else torch.tensor(np.where(seen, 0.0, -1e9), dtype=torch.float32)[:, None, None]
+    x = embeddings = model.bert.embeddings(torch.tensor(IDS, dtype=torch.long))
+    for layer, looks in zip(model.bert.encoder.layer, layers, strict=True):
+        x = layer(
+            x, mask, encoder_hidden_states=torch.tensor(IMAGE) if looks else None, encoder_attention_mask=image_mask
+        )
+    return embeddings, x
 
 
 def layer_params(params: Any, besides: Any, places: list[tuple[int, bool]]) -> Any:
@@ -130,6 +142,92 @@ def test_every_second_layer_looks_at_the_image(reference: Any, ours: Any) -> Non
     run = jax.jit(lambda p, x: TextStack(fusion).apply({"params": {"blocks": p}}, x, jnp.asarray(IDS != 0), IMAGE))
     expected = reference_states(reference, [True, False] * 2)
     np.testing.assert_allclose(run(blocks, states)["tokens"], expected, atol=2e-5)  # pyright: ignore
+
+
+def test_what_is_padding_of_a_context_is_not_attended_to(reference: Any, ours: Any) -> None:
+    config, params, besides = ours
+    own = {name: value for name, value in params["text"].items() if name != "blocks"}
+    embed = TextEncoder(dataclasses.replace(config.text, depth=0))
+    stack = {key.name: getattr(config.text, key.name) for key in dataclasses.fields(TextStackConfig)}
+    fusion = TextStack(TextStackConfig(**stack | {"cross_every": 1}))  # pyright: ignore
+    layers = {"blocks": layer_params(params, besides, [(place, True) for place in range(LAYERS)])}
+    seen = np.asarray([[True] * 5, [True, False, True, True, False]])
+
+    @jax.jit
+    def run(own: Any, layers: Any) -> Any:
+        states = embed.apply({"params": own}, IDS)["tokens"]  # pyright: ignore
+        return fusion.apply({"params": layers}, states, jnp.asarray(IDS != 0), IMAGE, context_valid_BxS=seen)["tokens"]  # pyright: ignore
+
+    np.testing.assert_allclose(run(own, layers), reference_states(reference, [True] * LAYERS, seen), atol=2e-5)
+
+
+@pytest.mark.parametrize(("looks", "layer"), [([True] * LAYERS, 2), ([True] * LAYERS, 3), ([True, False] * 2, 1)])
+def test_grad_cam_is_that_of_torch(
+    looks: list[bool], layer: int, reference: Any, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a score of the first token, by the weights with which torch multiplies; `layer` among those that look."""
+    config, params, besides = ours
+    seen: list[Any] = []
+
+    def kept(module: Any, *arguments: Any, **options: Any) -> Any:
+        out, weights = eager(module, *arguments, **options)
+        if module is reference.bert.encoder.layer[np.flatnonzero(looks)[layer]].crossattention.self:
+            seen.append(weights)
+        return out, weights
+
+    eager = modeling_bert.eager_attention_forward
+    monkeypatch.setattr(modeling_bert, "eager_attention_forward", kept)
+    direction = np.random.default_rng(1).normal(size=WIDTH).astype(np.float32)
+    states, expected = reference_pass(reference, looks)
+    (gradient,) = torch.autograd.grad((expected[:, 0] @ torch.tensor(direction)).sum(), seen[0])
+    stack = {key.name: getattr(config.text, key.name) for key in dataclasses.fields(TextStackConfig)}
+    fusion = TextStackConfig(**stack | {"cross_every": LAYERS // sum(looks)})  # pyright: ignore
+    size = fusion.cross_every
+    groups = [layer_params(params, besides, [(place, looks[place])]) for place in range(LAYERS)]
+    if size == 1:
+        blocks = jax.tree.map(lambda *leaves: np.concatenate(leaves), *groups)
+    else:
+        paired = [{f"layer_{i}": groups[size * g + i] for i in range(size)} for g in range(LAYERS // size)]
+        blocks = jax.tree.map(lambda *leaves: np.concatenate(leaves), *paired)
+    valid = jnp.asarray(IDS != 0)
+    run = jax.jit(lambda p, x: attention_cam(fusion, p, x, valid, IMAGE, layer, lambda x: x[:, 0] @ direction))
+    cam = run({"blocks": blocks}, states.detach().numpy())
+    wanted = gradient.clamp(min=0) * seen[0]
+    np.testing.assert_allclose(cam, wanted.detach(), atol=2e-6, rtol=1e-4)
+    assert (gradient < 0).any() and np.max(cam) > 1e-3
+    by_loops = [
+        np.mean([np.asarray(cam)[row, :, token].mean(axis=0) for token in np.flatnonzero(IDS[row])], axis=0)
+        for row in range(len(IDS))
+    ]
+    np.testing.assert_allclose(token_cam(cam, valid), by_loops, rtol=1e-5)
+
+
+def test_layers_look_at_two_images_in_turn_by_the_same_keys(reference: Any, ours: Any) -> None:
+    """Of torch's four layers each second one has the keys and values of the one before it, as in NLVR2."""
+    config, params, besides = ours
+    images = np.stack([IMAGE, np.roll(IMAGE, 1, axis=0) + 1], axis=1)
+    mask = torch.tensor(np.where(IDS == 0, -1e9, 0.0), dtype=torch.float32)[:, None, None, :]
+    with torch.no_grad():
+        states = x = reference.bert.embeddings(torch.tensor(IDS, dtype=torch.long))
+        for place in range(LAYERS):
+            layer = copy.deepcopy(reference.bert.encoder.layer[place])
+            for name in ("key", "value"):
+                first = reference.bert.encoder.layer[place - place % 2].crossattention.self
+                setattr(layer.crossattention.self, name, getattr(first, name))
+            x = layer(x, mask, encoder_hidden_states=torch.tensor(images[:, place % 2]))
+    groups = []
+    for first in range(0, LAYERS, 2):
+        pair = [layer_params(params, besides, [(first + i, True)]) for i in range(2)]
+        shared = {name: pair[0]["cross"][name] for name in ("key", "value")}
+        own = [layer | {"cross": {name: layer["cross"][name] for name in ("query", "out")}} for layer in pair]
+        groups.append({"cross": shared} | {f"layer_{i}": layer for i, layer in enumerate(own)})
+    blocks = jax.tree.map(lambda *leaves: np.concatenate(leaves), *groups)
+    stack = {key.name: getattr(config.text, key.name) for key in dataclasses.fields(TextStackConfig)}
+    fusion = TextStack(TextStackConfig(**stack | {"cross_every": 1, "contexts": 2}))  # pyright: ignore
+    run = jax.jit(lambda p, x: fusion.apply({"params": {"blocks": p}}, x, jnp.asarray(IDS != 0), images)["tokens"])  # pyright: ignore
+    np.testing.assert_allclose(run(blocks, states.numpy()), x.numpy(), atol=2e-5)
+    shapes = jax.tree.map(np.shape, unbox(jax.eval_shape(fusion.init, jax.random.key(0), states.numpy(), None, images)))
+    assert shapes["params"]["blocks"] == jax.tree.map(np.shape, blocks)
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,24 @@ class ChatExamples:
         self._check_tiles(document, record)
         return self.joined([(document, self.writer.tiles(document, record))], "left")
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self.writer.end_ids
+
+    @property
+    def pad_id(self) -> int:
+        """What follows the end."""
+        return self.writer.vocabulary.pad_id
+
+    def written(self, ids: Sequence[int]) -> str:
+        """The text of an answer, without its end."""
+        return self.writer.text(ids)
+
+    def spans(self, record: Record) -> list[tuple[str, bool]]:
+        """A record as a row of training: texts, and whether they are learned, in turn; raises `BadRecord`."""
+        return self.writer.spans(self.fitted(record)[0])
+
     def joined(self, documents: Sequence[tuple[Document, np.ndarray]], padding: Padding | None = None) -> Example:
         """A row of these documents, side by side.
 

@@ -167,9 +167,48 @@ class LabelledImages:
 
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
         """One row; raises `BadRecord` when the record has no label."""
-        label: Any = record.get("label")
-        if label is None:
-            raise BadRecord(record["where"], record["key"], "it has no label")
-        if isinstance(label, tuple):
-            raise BadRecord(record["where"], record["key"], f"it has {len(label)} labels, and one is wanted")
-        return {"image": self.views(record, rng), "label": np.asarray(label, np.int32)}
+        label = single_label(record)
+        return {"image": self.views(record, rng), "label": label}
+
+
+def single_label(record: Record) -> np.ndarray:
+    """The class of a record, int32 []; raises `BadRecord` when it has none or several."""
+    label: Any = record.get("label")
+    if label is None:
+        raise BadRecord(record["where"], record["key"], "it has no label")
+    if isinstance(label, tuple):
+        raise BadRecord(record["where"], record["key"], f"it has {len(label)} labels, and one is wanted")
+    return np.asarray(label, np.int32)
+
+
+class LabelledPairs:
+    """`image` uint8 [size, size, 3], or of several [count, size, size, 3], `text` int32 [length] and `label` int32 [].
+
+    Args:
+        tokenizer: gives the ids and their length.
+        size: width and height of the model's images in pixels.
+        count: images beside a text; more than one are the record's `images`.
+        preprocess: the evaluation view.
+        augment: the random view of training, drawn for each image; None trains on the evaluation view.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        size: int,
+        count: int,
+        preprocess: PreprocessConfig,
+        augment: AugmentConfig | None,
+    ):
+        self.tokenizer, self.count, self.views = tokenizer, count, Views(size, preprocess, augment)
+
+    def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:
+        """One row; raises `BadRecord`."""
+        label, text = single_label(record), self.tokenizer([draw_caption(record, rng)])[0]
+        shown = record.get("images", (record["image"],))
+        if len(shown) != self.count:
+            raise BadRecord(
+                record["where"], record["key"], f"it shows {len(shown)} images, and {self.count} are wanted"
+            )
+        views = [self.views({**record, "image": image}, rng) for image in shown]
+        return {"image": views[0] if self.count == 1 else np.stack(views), "text": text, "label": label}

@@ -1,8 +1,10 @@
 """Accuracy of a model's own classifier on a labelled source: how supervised training and fine-tuning are judged."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from vlm_jax.data.sources import Source
@@ -51,14 +53,22 @@ class AccuracyEvaluator:
         """Classifies every usable record; raises `EvalError` when there is none, or for labels out of range."""
         del step  # Draws no picture.
         encoder, name = self._encoder, self._config.name
-        rows = gather(
-            (
-                {
-                    "rank": label_ranks(encoder.class_scores(params, batch["image"]), batch["label"]),
+
+        def ranked() -> Iterator[dict[str, jax.Array]]:
+            # Of texts beside images the model's own rows are classified, else images.
+            pairs = encoder.offers("pair_class_scores")
+            for batch in encoder.loss_batches(self._source, 0) if pairs else encoder.labelled_batches(self._source):
+                if pairs:
+                    scores = encoder.pair_class_scores(params, batch)
+                else:
+                    scores = encoder.class_scores(params, batch["image"])
+                yield {
+                    "rank": label_ranks(scores, batch["label"]),
                     **{key: batch[key] for key in ("label", "index", "mask")},
                 }
-                for batch in encoder.labelled_batches(self._source)
-            ),
+
+        rows = gather(
+            ranked(),
             f"Evaluation {name!r} found no image with a label among {len(self._source)} records; the log above says "
             "why.",
         )

@@ -21,7 +21,16 @@ Vectors = Literal["pooled", "embedding", "cls", "mean"]
 token, or the mean of the patches."""
 
 
-Offer = Literal["image_tokens", "reconstruct", "held_out_loss", "match_pairs", "answer"]
+Offer = Literal[
+    "image_tokens",
+    "reconstruct",
+    "held_out_loss",
+    "match_pairs",
+    "ground_pairs",
+    "answer",
+    "rank_answers",
+    "pair_class_scores",
+]
 """What not every model gives."""
 
 
@@ -98,6 +107,25 @@ class Encoder(Protocol):
         """A batch of `prompt_batches` -> int32 [B, max_new_tokens], what the model says; `blank` as `blanked`."""
         ...
 
+    def answer_rows(self, answers: Sequence[str]) -> np.ndarray:
+        """Answers as `rank_answers` takes them, int32 [N, L]."""
+        ...
+
+    def rank_answers(
+        self,
+        params: Any,
+        batch: Mapping[str, jax.Array],
+        answers_NxL: np.ndarray,
+        k: int,
+        first_twice: bool,
+        blank: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """A batch of `prompt_batches` -> (places of answers int32 [B, k], best first; log of their shares [B, k]).
+
+        See `ModelObjective.rank_answers`; `blank` as `blanked`.
+        """
+        ...
+
     def written(self, ids_NxL: np.ndarray) -> list[str]:
         """The texts of answers, without what ends them."""
         ...
@@ -111,11 +139,15 @@ class Encoder(Protocol):
         ...
 
     def blanked(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-        """A batch of conversations whose images all have the mean colour, 0 once they are normalised."""
+        """A batch of questions or conversations whose images all have the mean colour, 0 once they are normalised."""
         ...
 
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
         """Images as above -> [B, C], a score for each of the model's own classes; higher = likelier."""
+        ...
+
+    def pair_class_scores(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """As `class_scores`, of a batch of `loss_batches`: texts beside images."""
         ...
 
     def text_features(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:
@@ -139,6 +171,17 @@ class Encoder(Protocol):
     ) -> jax.Array:
         """int32 [P, 2], (row of the images, row of the texts), sharded over the batch axes -> [P, 2], scores of "they
         don't belong together" and "they do"."""
+        ...
+
+    def ground_pairs(
+        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array, layer: int
+    ) -> jax.Array:
+        """As `match_pairs` -> [P, rows, columns]: see `ModelObjective.ground_pairs`."""
+        ...
+
+    @property
+    def sees_whole_images(self) -> bool:
+        """Whether images are squashed to the model's square, so that places in one are places in the other."""
         ...
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
@@ -244,9 +287,11 @@ class EvalConfig(schema.Choice):
         # Here and not on top: the members' modules import this one.
         from vlm_jax.evals import (
             accuracy,
+            answer_ranking,
             attentive_probe,
             few_shot,
             generate,
+            grounding,
             held_out_loss,
             knn,
             linear_probe,
@@ -269,6 +314,8 @@ class EvalConfig(schema.Choice):
             "held_out_loss": held_out_loss.HeldOutLossConfig,
             "reconstructions": reconstructions.ReconstructionsConfig,
             "vqa": vqa.VqaConfig,
+            "answer_ranking": answer_ranking.AnswerRankingConfig,
+            "grounding": grounding.GroundingConfig,
             "generate": generate.GenerateConfig,
         }
 

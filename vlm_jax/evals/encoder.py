@@ -15,6 +15,7 @@ from vlm_jax.data.chat_examples import ChatExamples
 from vlm_jax.data.examples import Example, LabelledImages, Views
 from vlm_jax.data.images import AugmentConfig
 from vlm_jax.data.pipeline import DataConfig, EvalBatches, TrainLoader, eval_batches
+from vlm_jax.data.question_examples import QuestionExamples
 from vlm_jax.data.sources import Record, Source
 from vlm_jax.data.text import Tokenizer
 from vlm_jax.evals.base import Offer, Vectors
@@ -60,15 +61,18 @@ class MeshEncoder:
         self._image = jax.jit(objective.image_features)
         self._vectors = jax.jit(objective.image_vectors, static_argnums=2)
         self._classes = jax.jit(objective.class_scores)
+        self._pair_classes = jax.jit(objective.pair_class_scores)
         self._tokens = jax.jit(objective.image_tokens, static_argnums=2)
         self._layers = jax.jit(objective.layer_vectors, static_argnums=2)
         self._reconstruct = jax.jit(objective.reconstruct)
         self._text = jax.jit(objective.text_features)
         self._scores = jax.jit(objective.prompt_scores)
         self._answer = jax.jit(objective.answer, static_argnums=2)
+        self._rank = jax.jit(objective.rank_answers, static_argnums=(3, 4))
         self._likelihood = jax.jit(functools.partial(_likelihood, objective))
         self._match_images = jax.jit(objective.match_images, out_shardings=replicated(mesh))
         self._match_texts, self._match_pairs = jax.jit(objective.match_texts), jax.jit(objective.match_pairs)
+        self._ground_pairs = jax.jit(objective.ground_pairs, static_argnums=4)
 
     @property
     def reads_text(self) -> bool:
@@ -118,7 +122,7 @@ class MeshEncoder:
 
     def prompt_batches(self, source: Source) -> EvalBatches:
         """Every record with a question once, in order."""
-        return eval_batches(source, _Prompts(self._chat), self.batch_size, self._mesh)
+        return eval_batches(source, _Prompts(self._asking), self.batch_size, self._mesh)
 
     def answer(
         self, params: Any, batch: Mapping[str, jax.Array], max_new_tokens: int, blank: bool = False
@@ -137,9 +141,8 @@ class MeshEncoder:
             config: how.
             seed: of sampling, with a row's `index`; None takes the likeliest tokens.
         """
-        writer = self._chat.writer
-        config = dataclasses.replace(config, eos_ids=writer.end_ids, pad_id=writer.vocabulary.pad_id)
-        rows = {key: value for key, value in batch.items() if key not in MARKS}
+        config = dataclasses.replace(config, eos_ids=self._asking.end_ids, pad_id=self._asking.pad_id)
+        rows = _inputs(batch)
         with jax.set_mesh(self._mesh):
             keys = None if seed is None else example_keys(batch["index"], seed)
             return self._answer(params, rows, config, keys).ids
@@ -147,35 +150,61 @@ class MeshEncoder:
     def likelihood(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Of what is learned in rows of `loss_batches`: (sum of its log-probabilities, fp32 [B], and whether each token
         of it is the likeliest, bool [B])."""
-        rows = {key: value for key, value in batch.items() if key not in MARKS}
+        rows = _inputs(batch)
         with jax.set_mesh(self._mesh):
             return self._likelihood(params, rows)
 
+    def answer_rows(self, answers: Sequence[str]) -> np.ndarray:
+        """Answers -> int32 [N, L]."""
+        asking = self._asking
+        assert isinstance(asking, QuestionExamples), "asked for without offering it"
+        return asking.answer_rows(answers)
+
+    def rank_answers(
+        self,
+        params: Any,
+        batch: Mapping[str, jax.Array],
+        answers_NxL: np.ndarray,
+        k: int,
+        first_twice: bool,
+        blank: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Rows of `prompt_batches` and int32 [N, L] -> int32 and fp32 [B, k]."""
+        rows = _inputs(self.blanked(batch) if blank else batch)
+        with jax.set_mesh(self._mesh):
+            return self._rank(params, rows, answers_NxL, k, first_twice)
+
     def written(self, ids_NxL: np.ndarray) -> list[str]:
         """int32 [N, L] -> N texts."""
-        return [self._chat.writer.text(row.tolist()) for row in ids_NxL]
+        return [self._asking.written(row.tolist()) for row in ids_NxL]
 
     def spans(self, record: Record) -> list[tuple[str, bool]]:
         """A record as a row of training: texts, and whether they are learned; raises `BadRecord`."""
-        return self._chat.writer.spans(self._chat.fitted(record)[0])
+        return self._asking.spans(record)
 
     def blanked(self, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-        """The batch with tiles of the mean colour."""
+        """The batch with images, or tiles of them, of the mean colour."""
         colour = np.round(255 * np.asarray(self._objective.preprocess.mean)).astype(np.uint8)
-        tiles = np.broadcast_to(colour, batch["tiles"].shape)
-        return {**batch, "tiles": self.shard(tiles)}
+        images = {key: np.broadcast_to(colour, batch[key].shape) for key in ("tiles", "image") if key in batch}
+        return {**batch, **{key: self.shard(pixels) for key, pixels in images.items()}}
 
     @property
-    def _chat(self) -> ChatExamples:
+    def _asking(self) -> ChatExamples | QuestionExamples:
         maker = None if self._held_out is None else self._held_out.make_example
-        if not isinstance(maker, ChatExamples):
-            raise ConfigError("this model reads no conversations; take evaluations with questions out of config.evals")
+        if not isinstance(maker, ChatExamples | QuestionExamples):
+            raise ConfigError("this model reads no questions; take evaluations with questions out of config.evals")
         return maker
 
     def class_scores(self, params: Any, images_BxHxWx3: jax.Array) -> jax.Array:
         """uint8 [B, H, W, 3] -> [B, C]."""
         with jax.set_mesh(self._mesh):
             return self._classes(params, images_BxHxWx3)
+
+    def pair_class_scores(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """A batch of `loss_batches` -> [B, C]."""
+        rows = _inputs(batch)
+        with jax.set_mesh(self._mesh):
+            return self._pair_classes(params, rows)
 
     def text_features(self, params: Any, tokens_BxL: jax.Array) -> jax.Array:
         """int32 [B, L] -> [B, E]."""
@@ -203,6 +232,18 @@ class MeshEncoder:
         """int32 [P, 2] -> [P, 2]."""
         with jax.set_mesh(self._mesh):
             return self._match_pairs(params, images_BxSxC, texts, pairs_Px2)
+
+    def ground_pairs(
+        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array, layer: int
+    ) -> jax.Array:
+        """int32 [P, 2] -> [P, rows, columns]."""
+        with jax.set_mesh(self._mesh):
+            return self._ground_pairs(params, images_BxSxC, texts, pairs_Px2, layer)
+
+    @property
+    def sees_whole_images(self) -> bool:
+        """Whether preprocessing keeps all of an image."""
+        return self._objective.preprocess.resize == "squash"
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> int32 [n, L]; raises `ConfigError` for a model without a tokenizer."""
@@ -243,6 +284,11 @@ class MeshEncoder:
         return jax.make_array_from_callback(array.shape, replicated(self._mesh), lambda index: array[index])
 
 
+def _inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """A batch as the model takes it."""
+    return {key: value for key, value in batch.items() if key not in MARKS}
+
+
 def _likelihood(objective: ModelObjective, params: Any, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     logits_BxLxV = objective.outputs(params, rows)["logits"]
     targets_BxL, learned_BxL = next_tokens(rows["text"], rows["segments"], ~rows["supervised"])
@@ -254,7 +300,7 @@ def _likelihood(objective: ModelObjective, params: Any, rows: Mapping[str, jax.A
 class _Prompts:
     """Rows of questions."""
 
-    def __init__(self, maker: ChatExamples):
+    def __init__(self, maker: ChatExamples | QuestionExamples):
         self._maker = maker
 
     def __call__(self, record: Record, rng: np.random.Generator | None) -> Example:

@@ -1,4 +1,4 @@
-"""Pictures for people: retrieval results and rows of images, as one image. Draws what it is given, ranks nothing."""
+"""Pictures for people: retrieval results, rows of images, maps over images. Draws what it is given, ranks nothing."""
 
 import dataclasses
 import textwrap
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Rectangle
 
 CANDIDATES = 5
 
@@ -78,6 +79,46 @@ def image_rows(columns: Mapping[str, np.ndarray], title: str) -> np.ndarray:
             ax.set_axis_off()
             if row == 0:
                 ax.set_title(name, fontsize=9.5, color=_QUIET, loc="left", weight="bold")
+    return _rendered(figure)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grounded:
+    """A phrase, an image uint8 [H, W, 3], a map of its pixels [H, W], and the true box: left, top, width, height."""
+
+    phrase: str
+    image: np.ndarray
+    map_HxW: np.ndarray  # noqa: N815
+    box: tuple[float, float, float, float]
+
+
+def grounding_picture(rows: Sequence[Grounded], title: str) -> np.ndarray:
+    """Draws a row for each phrase: the phrase, the image with the true box, and the map laid over the image.
+
+    A map has its own range of colours, from its least value to its largest.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    side = 1.5 * _CELL_INCHES
+    heights = [0.45, len(rows) * (side + 0.1) + 0.1]
+    figure = _figure(_CAPTION_INCHES + 2 * (side + 0.1) + 0.2, sum(heights))
+    parts = np.atleast_1d(np.asarray(figure.subfigures(2, 1, height_ratios=heights)))
+    _draw_title(parts[0], title)
+    ratios = [_CAPTION_INCHES / side, 1, 1]
+    frame = {"left": 0.02, "right": 0.98, "top": 0.99, "bottom": 0.01, "wspace": 0.06, "hspace": 0.06}
+    grid = parts[1].add_gridspec(len(rows), 3, width_ratios=ratios, **frame)
+    for row, found in enumerate(rows):
+        axes = [parts[1].add_subplot(grid[row, column]) for column in range(3)]
+        for ax in axes:
+            ax.set_axis_off()
+        phrase = "\n".join(textwrap.wrap(found.phrase, 30, max_lines=5, placeholder=" …"))
+        axes[0].text(0, 0.5, phrase, fontsize=9.5, color=_INK, va="center", parse_math=False)
+        for ax in axes[1:]:
+            _draw_image(ax, found.image)
+        left, top, width, height = found.box
+        axes[1].add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=_RIGHT, linewidth=2))
+        axes[2].imshow(found.map_HxW, cmap="jet", alpha=0.5)
     return _rendered(figure)
 
 

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from vlm_jax.data.question_examples import known_answers as answers_of
 from vlm_jax.data.sources import Record, Source
 from vlm_jax.data.sources.chats import conversation_of
 from vlm_jax.evals.base import Encoder, EvalConfig, EvalError, EvalResult
 from vlm_jax.evals.features import gather, lookahead
+from vlm_jax.evals.held_out import MARKS
 from vlm_jax.evals.scoring import SCORERS, Answered, Score, Scores
 from vlm_jax.schema import ConfigError
 
@@ -95,16 +98,21 @@ class VqaEvaluator:
         return lookahead(self._encoder.blanked(batch) if blank else batch for batch in batches)
 
     def _said(self, params: Any, blank: bool) -> _Said:
-        encoder, config = self._encoder, self._config
+        batches = self._encoder.prompt_batches(self._source)
         rows = gather(
-            (
-                {"ids": encoder.answer(params, batch, config.max_new_tokens, blank), "index": batch["index"]}
-                | {"mask": batch["mask"]}
-                for batch in encoder.prompt_batches(self._source)
-            ),
-            f"Evaluation {config.name!r} found no usable question among {len(self._source)} records; the log says why.",
+            ({"said": self.say(params, batch, blank), **{key: batch[key] for key in MARKS}} for batch in batches),
+            f"Evaluation {self._config.name!r} found no usable question among {len(self._source)} records; the log "
+            "says why.",
         )
-        return _Said([self._source[int(index)] for index in rows["index"]], encoder.written(rows["ids"]))
+        return _Said([self._source[int(index)] for index in rows["index"]], self.texts(rows["said"]))
+
+    def say(self, params: Any, batch: Mapping[str, jax.Array], blank: bool) -> jax.Array:
+        """What is said to the rows of `prompt_batches`, int32 [B, ...]; here the ids of what is written."""
+        return self._encoder.answer(params, batch, self._config.max_new_tokens, blank)
+
+    def texts(self, said: np.ndarray) -> list[str]:
+        """The texts of what `say` gives."""
+        return self._encoder.written(said)
 
     def _scores(self, said: _Said, known: Sequence[int]) -> Scores:
         """Of the records with known answers."""
@@ -116,14 +124,6 @@ class VqaEvaluator:
                 f"Evaluation {self._config.name!r}: score = {self._config.score!r} does not fit the answers of its "
                 f"source ({error}); give the source of that benchmark, or another score."
             ) from error
-
-
-def answers_of(record: Record) -> tuple[str, ...]:
-    """The right answers of a question: those of a benchmark's record, or what the assistant says last."""
-    if "answers" in record:
-        return record["answers"]
-    last = conversation_of(record, "")["turns"][-1]
-    return (last.text,) if last.role == "assistant" else ()
 
 
 def question_of(record: Record) -> str:

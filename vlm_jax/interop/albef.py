@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from vlm_jax.data.text import ALBEF_TOKENIZER, Tokenizer, TokenizerConfig
 from vlm_jax.interop.formats import Format, block_sizes, check_expressible, heads_of_64, square_side
@@ -27,16 +28,17 @@ from vlm_jax.interop.layouts import Shape
 from vlm_jax.interop.mae import encoder_rows
 from vlm_jax.interop.tables import Row, Tensors, affine, from_params, parameter_shapes, shape_of, to_params, within
 from vlm_jax.interop.tokenizer_import import import_word_pieces
-from vlm_jax.models.albef import Albef, AlbefModelConfig, deit_b16
+from vlm_jax.models.albef import Albef, AlbefModelConfig, PairEncoderConfig, deit_b16
 from vlm_jax.models.bert import TextStackConfig
 from vlm_jax.objectives.albef import AlbefConfig
+from vlm_jax.objectives.pairs import PairConfig
 
 _TEXT = "text_encoder."
 _POSITIONS = "visual_encoder.pos_embed"
 _CROSS = f"{_TEXT}{BLOCK}crossattention.self.key.bias"
 _BUFFERS = re.compile(r".*embeddings\.position_ids")
-_OWN = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)\.")
-_SLOW = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.")
+_OWN = re.compile(r"^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj|cls_head)\.")
+_SLOW = re.compile(r"^(visual_encoder|text_encoder|text_decoder|vision_proj|text_proj|cls_head)_m\.")
 _QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
 # The settings that BERT's file would tell.
 _BERT: dict[str, Any] = {
@@ -53,6 +55,8 @@ class OfficialAlbef(Format):
     """The published `ALBEF.pth`, `ALBEF_4M.pth` and training checkpoints."""
 
     library, title, preprocess = "official", "an official ALBEF", "albef"
+    # what the names of the head of words begin with
+    head: str = _TEXT
 
     def canonical(self, tensors: Tensors) -> dict[str, Any]:
         """See the base."""
@@ -64,8 +68,13 @@ class OfficialAlbef(Format):
 
     def read_config(
         self, tensors: Tensors, settings: Mapping[str, Any] | None, activation: str | None
-    ) -> AlbefModelConfig:
+    ) -> PairEncoderConfig:
         """See the base; heads are 64 wide unless the settings say `image_heads` and `text_heads`."""
+        encoders = self.read_encoders(tensors, settings)
+        return AlbefModelConfig(**encoders, embed_dim=shape_of(tensors, "vision_proj.weight", self.title)[0])
+
+    def read_encoders(self, tensors: Tensors, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+        """`image`, `text` and `fusion` of the config."""
         sizes: dict[str, Any] = block_sizes(
             tensors, "visual_encoder.blocks.{layer}.", "norm1.weight", "mlp.fc1.bias", self.title
         )
@@ -82,19 +91,15 @@ class OfficialAlbef(Format):
         cross = [int(match[1]) for name in tensors if (match := re.fullmatch(_layer_pattern(_CROSS), name))]
         keys = [field.name for field in dataclasses.fields(TextStackConfig)]
         stack: dict[str, Any] = {key: getattr(text, key) for key in keys} | {"depth": len(cross), "cross_every": 1}
-        return AlbefModelConfig(
-            image=image,
-            text=dataclasses.replace(text, depth=text.depth - len(cross)),
-            fusion=TextStackConfig(**stack),
-            embed_dim=shape_of(tensors, "vision_proj.weight", self.title)[0],
-        )
+        text = dataclasses.replace(text, depth=text.depth - len(cross))
+        return {"image": image, "text": text, "fusion": TextStackConfig(**stack)}
 
-    def objective(self, model: AlbefModelConfig) -> AlbefConfig:
+    def objective(self, model: Any) -> PairConfig:
         """See the base."""
         return AlbefConfig(model=model, text_length=min(AlbefConfig().text_length, model.text.positions))
 
     def tokenizer(
-        self, folder: Path, flag: str, model: AlbefModelConfig
+        self, folder: Path, flag: str, model: PairEncoderConfig
     ) -> tuple[Tokenizer | None, str, TokenizerConfig]:
         """See the base; from BERT's vocabulary."""
         return import_word_pieces(folder, flag, ALBEF_TOKENIZER, self.objective(model).text_length)
@@ -103,53 +108,62 @@ class OfficialAlbef(Format):
         """Every ALBEF."""
         return isinstance(config, AlbefModelConfig)
 
-    def write_config(self, config: AlbefModelConfig) -> dict[str, Any]:
+    def write_config(self, config: Any) -> dict[str, Any]:
         """See the base. There is no file, so everything must be as these models have it."""
+        check_expressible(self.title, self.wanted(config) | {"words.tied": (config.words.tied, (True,))})
+        return {}
+
+    def wanted(self, config: PairEncoderConfig) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """What must be so of the encoders: see `check_expressible`."""
         image, text, fusion, like = config.image, config.text, config.fusion, deit_b16()
         wanted = {f"text.{key}": value for key, value in published_form(text).items()}
         for key in ("pool", "norm_eps", "activation", "pre_norm", "post_norm", "patch_bias", "pos_embed", "registers"):
             wanted[f"image.{key}"] = (getattr(image, key, None), (getattr(like, key),))
         for key in (*published_form(text), "width", "heads", "mlp_dim", "activation", "norm_eps"):
             wanted[f"fusion.{key}"] = (getattr(fusion, key), (getattr(text, key),))
-        wanted["fusion.cross_every"] = (fusion.cross_every, (1,))
-        wanted["words.tied"] = (config.words.tied, (True,))
-        check_expressible(self.title, wanted)
-        return {}
+        return wanted | {"fusion.cross_every": (fusion.cross_every, (1,))}
 
-    def rows(self, config: AlbefModelConfig) -> list[Row]:
+    def rows(self, config: Any) -> list[Row]:
         """See the base."""
-        image = [*encoder_rows(), Row("pos_embed", "pos_embed", "batch_of_one")]
-        fusion = [dataclasses.replace(row, first=config.text.depth) for row in (*block_rows(), *cross_rows())]
-        text = [
-            *embedding_rows(),
-            *within(block_rows(), "text/blocks/", BLOCK),
-            *within(fusion, "fusion/blocks/", BLOCK),
-            *head_rows(config.words.tied),
-        ]
         return [
-            *within(image, "image/", "visual_encoder."),
-            *within(text, "", _TEXT),
+            *self.encoder_rows(config),
+            *within(head_rows(config.words.tied), "", self.head),
             *affine("image_projection", "vision_proj"),
             *affine("text_projection", "text_proj"),
             *affine("matching_head", "itm_head"),
             Row("temperature", "temp", "same"),
         ]
 
-    def shapes(self, config: AlbefModelConfig) -> dict[str, Shape]:
+    def encoder_rows(self, config: PairEncoderConfig) -> list[Row]:
+        """Image tower, text encoder and fusion encoder."""
+        image = [*encoder_rows(), Row("pos_embed", "pos_embed", "batch_of_one")]
+        fusion = [dataclasses.replace(row, first=config.text.depth) for row in (*block_rows(), *cross_rows())]
+        text = [
+            *embedding_rows(),
+            *within(block_rows(), "text/blocks/", BLOCK),
+            *within(fusion, "fusion/blocks/", BLOCK),
+        ]
+        return [*within(image, "image/", "visual_encoder."), *within(text, "", _TEXT)]
+
+    def module(self, config: Any) -> nn.Module:
+        """The model of a config."""
+        return Albef(config)
+
+    def shapes(self, config: Any) -> dict[str, Shape]:
         """See the base."""
         images = jax.ShapeDtypeStruct((1, *config.image.image_shape, 3), jnp.float32)
-        return parameter_shapes(Albef(config), images, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+        return parameter_shapes(self.module(config), images, jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
-    def own(self, tensors: Tensors, config: AlbefModelConfig) -> dict[str, np.ndarray]:
+    def own(self, tensors: Tensors, config: Any) -> dict[str, np.ndarray]:
         """See the base."""
         tensors = {name: x for name, x in tensors.items() if not _SLOW.match(name) and name not in _QUEUES}
-        return without_ties(tensors, _TEXT, config.words.tied, self.title)
+        return without_ties(tensors, self.head, config.words.tied, self.title)
 
     def published(self, tensors: Tensors) -> Tensors:
         """See the base."""
-        return with_ties(tensors, _TEXT)
+        return with_ties(tensors, self.head)
 
-    def read_extra(self, tensors: Tensors, config: AlbefModelConfig) -> dict[str, Any]:
+    def read_extra(self, tensors: Tensors, config: Any) -> dict[str, Any]:
         """The averaged model and the queues, as `extra` of the objective has them; what the file has of them."""
         extra: dict[str, Any] = {}
         slow = {_SLOW.sub(r"\1.", name): x for name, x in tensors.items() if _SLOW.match(name)}
@@ -169,13 +183,13 @@ class OfficialAlbef(Format):
             }
         return extra
 
-    def write_extra(self, extra: Mapping[str, Any], config: AlbefModelConfig) -> dict[str, np.ndarray]:
+    def write_extra(self, extra: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
         """The inverse of `read_extra`."""
         tensors: dict[str, np.ndarray] = {}
         if "averaged" in extra:
             rows = [row for row in self._averaged_rows(config) if row.ours.split("/")[0] in extra["averaged"]]
             slow = from_params(extra["averaged"], rows, f"the averaged {self.title}")
-            slow = with_ties(slow, _TEXT) if "words" in extra["averaged"] else slow
+            slow = self.published(slow) if "words" in extra["averaged"] else slow
             tensors |= {_OWN.sub(r"\1_m.", name): x for name, x in slow.items()}
         if "queue" in extra:
             queue = {name: np.asarray(x) for name, x in extra["queue"].items()}
@@ -183,7 +197,7 @@ class OfficialAlbef(Format):
             tensors["queue_ptr"] = queue["pointer"].reshape(1).astype(np.int64)
         return tensors
 
-    def _averaged_rows(self, config: AlbefModelConfig) -> list[Row]:
+    def _averaged_rows(self, config: Any) -> list[Row]:
         return [row for row in self.rows(config) if _averaged(row.ours)]
 
 

@@ -5,6 +5,8 @@ from typing import Any
 from vlm_jax.interop.aim import AimBackbone, L3mAim
 from vlm_jax.interop.aimv2 import Aimv2, HfAimv2
 from vlm_jax.interop.albef import OfficialAlbef
+from vlm_jax.interop.albef_classifier import OfficialPairClassifier
+from vlm_jax.interop.albef_vqa import OfficialAlbefVqa
 from vlm_jax.interop.beit import Beit
 from vlm_jax.interop.big_vision import BigVisionSiglip
 from vlm_jax.interop.dalle import DalleEncoder
@@ -63,6 +65,8 @@ FORMATS: tuple[Format, ...] = (
     HfLiveLlava(),
     HfDecoder(),
     OfficialAlbef(),
+    OfficialAlbefVqa(),
+    OfficialPairClassifier(),
     HfBert(),
     HfViT(),
     OfficialDeiT(),

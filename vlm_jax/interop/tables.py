@@ -36,12 +36,13 @@ class Row:
     theirs: str  # name of the tensor
     layout: str  # key of LAYOUTS
     first: int = 0  # their number of the first layer of a stack
+    step: int = 1  # from their number of a layer to that of the next one in the stack
 
     def names(self, shape: Shape) -> list[str]:
         """Their names of a leaf of that shape, one a layer where it is a stack."""
         if not self.stacked:
             return [self.theirs]
-        numbers = range(self.first, self.first + shape[0])
+        numbers = range(self.first, self.first + self.step * shape[0], self.step)
         return [self.theirs.format(layer=i, even=2 * i, odd=2 * i + 1) for i in numbers]
 
     @property

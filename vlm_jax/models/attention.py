@@ -12,7 +12,7 @@ from vlm_jax.mesh import constrain
 from vlm_jax.models.initializers import Initializers
 from vlm_jax.models.linear import Linear
 from vlm_jax.models.rotary import Rotary, rotate
-from vlm_jax.models.softmax_attention import dropped_attention, softmax_attention
+from vlm_jax.models.softmax_attention import attention_weights, dropped_attention, softmax_attention
 from vlm_jax.models.splash import splash_attention
 
 AttentionImpl = Literal["auto", "xla", "cudnn", "flash"]
@@ -160,23 +160,34 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BxTxD: jax.Array,
-        context_BxSxC: jax.Array | None = None,
+        context_BxSxC: jax.Array | KeyValues | None = None,
         *,
         bias: jax.Array | None = None,
         mask: jax.Array | None = None,
         causal: bool = False,
         keys: jax.Array | None = None,
+        perturbation_BxHxTxS: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, D] (and a context [B, S, C]) -> [B, T, D]; `bias`, `mask` and `causal` as in `attend`.
 
-        `keys` are those of the rows for dropout, or None at evaluation. Dropout does not go with a bias.
+        Of a context that is keys and values already, of all heads, none are made here.
+
+        `keys` are those of the rows for dropout, or None at evaluation. Dropout does not go with a bias. To the weights
+        of attention a `perturbation` is added, zeros by which a result may be differentiated; the weights themselves
+        are then sown as "weights", fp32 [B, H, T, S], into the collection "intermediates". It goes with neither.
         """
         width = x_BxTxD.shape[-1]
-        sources = {"query": x_BxTxD, "key": x_BxTxD, "value": x_BxTxD}
-        if context_BxSxC is not None:
-            sources |= {"key": context_BxSxC, "value": context_BxSxC}
-        q, k, v = (self._split_heads(name, x, self.heads, width // self.heads) for name, x in sources.items())
-        if self.dropout and keys is not None:
+        q = self._split_heads("query", x_BxTxD, self.heads, width // self.heads)
+        if isinstance(context_BxSxC, KeyValues):
+            k, v = context_BxSxC
+        else:
+            source = x_BxTxD if context_BxSxC is None else context_BxSxC
+            k, v = (self._split_heads(name, source, self.heads, width // self.heads) for name in ("key", "value"))
+        if perturbation_BxHxTxS is not None:
+            weights = attention_weights(q, k, mask, causal)
+            self.sow("intermediates", "weights", weights)
+            context = jnp.einsum("BHTS,BSHD->BTHD", (weights + perturbation_BxHxTxS).astype(v.dtype), v)
+        elif self.dropout and keys is not None:
             context = dropped_attention(q, k, v, mask, causal, self.dropout, keys)
         else:
             context = attend(q, k, v, bias=bias, mask=mask, causal=causal, impl=self.impl)

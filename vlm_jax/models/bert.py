@@ -12,48 +12,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
-from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import zeros
 
-from vlm_jax.flops import cross_attention_flops, transformer_flops
 from vlm_jax.mesh import constrain
-from vlm_jax.models.initializers import INITIALIZERS, Initializers
+from vlm_jax.models.initializers import INITIALIZERS
 from vlm_jax.models.linear import Linear
-from vlm_jax.models.mlp import ACTIVATIONS, ActivationName
+from vlm_jax.models.mlp import ACTIVATIONS
 from vlm_jax.models.norms import LayerNorm
+from vlm_jax.models.post_norm import Context, TextStackConfig, run_layers
 from vlm_jax.models.stochastic import dropout, fold_in
-from vlm_jax.models.transformer import Block, TransformerConfig, run_blocks
 from vlm_jax.models.weights import weight
-
-
-@dataclasses.dataclass(frozen=True)
-class TextStackConfig(TransformerConfig):
-    """A stack of post-norm layers; the defaults are those of BERT-base."""
-
-    activation: ActivationName = "gelu"  # of the MLP
-    norm_eps: float = 1e-12  # added to the variance in every norm
-    dropout: float = 0.1  # on the embeddings and on the output of attention and of the MLP
-    attention_dropout: float = 0.1  # on the weights of attention
-    # every how many layers, from the first on, one also attends to a context: 1 in each (ALBEF), 0 in none
-    cross_every: int = 0
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Values that can't be built."""
-        yield from super().problems()
-        if not 0 <= self.attention_dropout < 1:
-            yield "attention_dropout", f"= {self.attention_dropout} is a probability; it must lie in [0, 1)"
-        if self.cross_every < 0:
-            yield "cross_every", f"= {self.cross_every} must not be negative; 0 attends to no context"
-        elif self.cross_every and self.depth % self.cross_every:
-            yield "cross_every", f"= {self.cross_every} must divide depth = {self.depth}"
-
-    def stack_flops(self, tokens: int, context_tokens: int = 0, context_width: int = 0) -> int:
-        """Model FLOPs of the stack's forward pass for one sequence of `tokens` and its context."""
-        own = transformer_flops(self.width, self.depth, self.mlp_dim, tokens, self.gated)
-        if not self.cross_every:
-            return own
-        cross = cross_attention_flops(self.width, tokens, context_tokens, context_width)
-        return own + self.depth // self.cross_every * cross
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,138 +56,34 @@ class MaskedWordHeadConfig:
         return 2 * tokens * inner * (width + encoder.vocab_size)
 
 
-class PostNormBlock(Block):
-    """x = ln_1(x + attention x); with a context x = ln_cross(x + attention from x to it); x = ln_2(x + mlp x).
-
-    Attributes and arguments are those of `Block`, except that a context is attended to besides x, as it is.
-    """
-
-    config: TextStackConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        layer: tuple[jax.Array, jax.Array],
-        keys: jax.Array | None,
-        mask: jax.Array | None,
-        bias: jax.Array | None,
-        context_BxSxC: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """As `Block`; `mask` and `bias` are those of the attention over x."""
-        config, (index, rate) = self.config, layer
-        keys, init = fold_in(keys, index), self.initializers.at_layer(index)
-        branch = self._attention(init, dropout=config.attention_dropout)(
-            x_BxTxD, mask=mask, bias=bias, causal=self.causal, keys=fold_in(keys, 3)
-        )
-        x_BxTxD = self._norm("ln_1", self._add(x_BxTxD, branch, "layer_scale_1", rate, fold_in(keys, 0)))
-        if context_BxSxC is not None:
-            branch = self._attention(init, name="cross", dropout=config.attention_dropout)(
-                x_BxTxD, context_BxSxC, keys=fold_in(keys, 4)
-            )
-            x_BxTxD = self._norm("ln_cross", self._add(x_BxTxD, branch, "layer_scale_cross", rate, fold_in(keys, 2)))
-        x_BxTxD = checkpoint_name(x_BxTxD, "middle")
-        x_BxTxD = self._add(x_BxTxD, self._mlp(init)(x_BxTxD), "layer_scale_2", rate, fold_in(keys, 1))
-        x_BxTxD = self._norm("ln_2", x_BxTxD)
-        return x_BxTxD, x_BxTxD if self.keep_output else None
-
-
-class LayerGroup(nn.Module):
-    """`cross_every` layers, of which the first attends to the context; as one layer of a stack. As `Block`."""
-
-    config: TextStackConfig
-    initializers: Initializers
-    causal: bool
-    keep_output: bool
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        layer: tuple[jax.Array, jax.Array],
-        keys: jax.Array | None,
-        mask: jax.Array | None,
-        bias: jax.Array | None,
-        context_BxSxC: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """As `Block`."""
-        (index, rate), size = layer, self.config.cross_every
-        for place in range(size):
-            block = PostNormBlock(self.config, self.initializers, self.causal, False, self.dtype, name=f"layer_{place}")
-            context = context_BxSxC if place == 0 else None
-            x_BxTxD, _ = block(x_BxTxD, (size * index + place, rate), keys, mask, bias, context)
-        return x_BxTxD, x_BxTxD if self.keep_output else None
-
-
-def run_layers(
-    config: TextStackConfig,
-    x_BxTxD: jax.Array,
-    valid_BxT: jax.Array | None,
-    keys: jax.Array | None,
-    context_BxSxC: jax.Array | None = None,
-    *,
-    causal: bool = False,
-    intermediates: bool = False,
-    dtype: Dtype = jnp.float32,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Runs the stack as the submodule `blocks` of the compact module that calls this.
-
-    Args:
-        config: sizes and rates.
-        x_BxTxD: embeddings, or hidden states of another stack of the same width.
-        valid_BxT: bool, the tokens that may be attended to; None: all.
-        keys: [B] keys of the rows, or None for no randomness.
-        context_BxSxC: what every `cross_every`-th layer attends to as well; given if and only if there are such layers.
-        causal: whether a token sees only those before it.
-        intermediates: whether to keep each layer's output, or that of each group of `cross_every` layers.
-        dtype: compute dtype.
-
-    Returns:
-        The last layer's output [B, T, D], and all outputs [L, B, T, D] or None.
-
-    Raises:
-        ValueError: a context without layers for it, or the other way round.
-    """
-    if (context_BxSxC is None) != (config.cross_every == 0):
-        raise ValueError(f"cross_every = {config.cross_every}: a context is needed if and only if it is not 0")
-    mask = None if valid_BxT is None else valid_BxT[:, None, None, :]
-    block: type[nn.Module] = PostNormBlock
-    if config.cross_every > 1:
-        block, config = LayerGroup, dataclasses.replace(config, depth=config.depth // config.cross_every)
-    return run_blocks(
-        config,
-        x_BxTxD,
-        keys,
-        mask=mask,
-        context_BxSxC=context_BxSxC,
-        causal=causal,
-        intermediates=intermediates,
-        dtype=dtype,
-        block=block,
-    )
-
-
 class TextEncoder(nn.Module):
-    """Token ids to hidden states.
+    """Token ids to hidden states; with `causal` and a context a decoder of texts.
 
     Attributes:
         config: embeddings and stack.
         dtype: compute dtype; parameters are fp32.
+        causal: whether a token sees only those before it.
     """
 
     config: TextEncoderConfig
     dtype: Dtype = jnp.float32
+    causal: bool = False
 
     @nn.compact
     def __call__(
-        self, ids_BxT: jax.Array, keys: jax.Array | None = None, *, intermediates: bool = False
+        self,
+        ids_BxT: jax.Array,
+        keys: jax.Array | None = None,
+        context: Context | None = None,
+        *,
+        intermediates: bool = False,
     ) -> dict[str, jax.Array]:
         """Encodes token ids.
 
         Args:
             ids_BxT: int32, at most `config.positions` a row.
             keys: [B] typed keys, one a row, or None at evaluation.
+            context: what is attended to besides, see `run_layers`.
             intermediates: whether to return every layer's output.
 
         Returns:
@@ -244,7 +108,14 @@ class TextEncoder(nn.Module):
         x = LayerNorm(config.norm_eps, name="embed_norm")(x)
         x = embed = dropout(x, config.dropout, fold_in(keys, 0))
         x, blocks = run_layers(
-            config, x, valid_tokens(config, ids_BxT), fold_in(keys, 1), intermediates=intermediates, dtype=self.dtype
+            config,
+            x,
+            valid_tokens(config, ids_BxT),
+            fold_in(keys, 1),
+            context,
+            causal=self.causal,
+            intermediates=intermediates,
+            dtype=self.dtype,
         )
         return {"tokens": x, "table": table} | ({} if blocks is None else {"embed": embed, "blocks": blocks})
 
@@ -275,6 +146,7 @@ class TextStack(nn.Module):
         context_BxSxC: jax.Array | None = None,
         keys: jax.Array | None = None,
         *,
+        context_valid_BxS: jax.Array | None = None,
         intermediates: bool = False,
     ) -> dict[str, jax.Array]:
         """Goes on from hidden states.
@@ -282,8 +154,9 @@ class TextStack(nn.Module):
         Args:
             states_BxTxD: of another width than the stack's, they go through a projection first.
             valid_BxT: bool, the tokens that may be attended to; None: all.
-            context_BxSxC: what is attended to besides, see `run_layers`.
+            context_BxSxC: what is attended to besides, see `run_layers`; of several contexts [B, contexts, S, C].
             keys: [B] typed keys, one a row, or None at evaluation.
+            context_valid_BxS: bool, what of the context may be attended to; None: all. Of several [B, contexts, S].
             intermediates: whether to return every layer's output.
 
         Returns:
@@ -294,9 +167,9 @@ class TextStack(nn.Module):
             init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim).projection
             x = Linear((config.width,), ("embed", None), init, dtype=self.dtype, name="project")(x)
             x = constrain(x, "batch", "length", "embed")
-        embed = x
+        embed, context = x, None if context_BxSxC is None else Context(context_BxSxC, context_valid_BxS)
         x, blocks = run_layers(
-            config, x, valid_BxT, keys, context_BxSxC, causal=self.causal, intermediates=intermediates, dtype=self.dtype
+            config, x, valid_BxT, keys, context, causal=self.causal, intermediates=intermediates, dtype=self.dtype
         )
         return {"tokens": x} | ({} if blocks is None else {"embed": embed, "blocks": blocks})
 
@@ -334,7 +207,6 @@ class MaskedWordHead(nn.Module):
 __all__ = [
     "MaskedWordHead",
     "MaskedWordHeadConfig",
-    "PostNormBlock",
     "TextEncoder",
     "TextEncoderConfig",
     "TextStack",

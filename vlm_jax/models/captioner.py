@@ -100,7 +100,7 @@ class TextDecoder(nn.Module):
         table = constrain(table.astype(self.dtype), "vocab", "embed")
         positions = constrain(positions.astype(self.dtype), None, "embed")
         x = table[ids_BxT] + positions[None, : ids_BxT.shape[1]]
-        x, _ = run_blocks(config, x, keys, context_BxSxC=context_BxSxC, causal=config.causal, dtype=self.dtype)
+        x, _ = run_blocks(config, x, keys, context=context_BxSxC, causal=config.causal, dtype=self.dtype)
         if position is not None:
             x = jax.lax.dynamic_slice_in_dim(x, position, 1, axis=1)
         x = LayerNorm(config.norm_eps, name="ln_final")(x)

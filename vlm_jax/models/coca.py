@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         """Tokens and context -> logits [B, T, V]; with a position () those of that token alone, [B, 1, V]."""
         config = self.config
         init = INITIALIZERS[config.init](config.width, config.depth, config.mlp_dim)
-        x, _ = run_blocks(config, x_BxTxD, keys, context_BxSxC=context_BxSxC, causal=config.causal, dtype=self.dtype)
+        x, _ = run_blocks(config, x_BxTxD, keys, context=context_BxSxC, causal=config.causal, dtype=self.dtype)
         if position is not None:
             x = jax.lax.dynamic_slice_in_dim(x, position, 1, axis=1)
         x = LayerNorm(config.norm_eps, name="ln_final")(x)

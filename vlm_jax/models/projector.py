@@ -233,7 +233,7 @@ class Resampler(nn.Module):
         query_QxW = weight(self, "query", init.probe, (None, "embed"), (config.queries, config.width))
         x = jnp.broadcast_to(query_QxW.astype(self.dtype), (x_BxSxC.shape[0], *query_QxW.shape))
         context = constrain(x_BxSxC.astype(self.dtype), "batch", "length", "embed")
-        x, _ = run_blocks(config, x, keys, context_BxSxC=context, dtype=self.dtype, block=Block)
+        x, _ = run_blocks(config, x, keys, context=context, dtype=self.dtype, block=Block)
         x = NORMS[config.norm](config.norm_eps, name="ln_post")(x)
         out = Linear((self.width,), ("embed", "joint"), init.projection, dtype=self.dtype, name="fc1")
         return constrain(out(x), "batch", "length", "embed")

@@ -108,13 +108,18 @@ def dropped_attention(
         rate: probability of a weight to be dropped.
         keys: [B] typed PRNG keys, one a row.
     """
+    weights = attention_weights(q_BxTxHxD, k_BxSxHxD, mask, causal).astype(v_BxSxHxD.dtype)
+    return jnp.einsum("BHTS,BSHD->BTHD", dropout(weights, rate, keys), v_BxSxHxD)
+
+
+def attention_weights(
+    q_BxTxHxD: jax.Array, k_BxSxHxD: jax.Array, mask: jax.Array | None = None, causal: bool = False
+) -> jax.Array:
+    """softmax(q k^T / sqrt D), fp32 [B, H, T, S]; arguments as in `attention.attend`. Differentiated as written."""
     logits = jnp.einsum("BTHD,BSHD->BHTS", q_BxTxHxD, k_BxSxHxD, preferred_element_type=jnp.float32)
     logits = logits * q_BxTxHxD.shape[-1] ** -0.5
     allowed = _allowed(mask, causal, logits.shape[-2:])
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, MASKED)
-    weights = dropout(jax.nn.softmax(logits, axis=-1).astype(v_BxSxHxD.dtype), rate, keys)
-    return jnp.einsum("BHTS,BSHD->BTHD", weights, v_BxSxHxD)
+    return jax.nn.softmax(logits if allowed is None else jnp.where(allowed, logits, MASKED), axis=-1)
 
 
-__all__ = ["MASKED", "dropped_attention", "softmax_attention"]
+__all__ = ["MASKED", "attention_weights", "dropped_attention", "softmax_attention"]

@@ -260,7 +260,7 @@ def run_blocks(
     *,
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
-    context_BxSxC: jax.Array | None = None,
+    context: Any = None,
     causal: bool = False,
     relative: RelativeGrid | None = None,
     intermediates: bool = False,
@@ -276,7 +276,8 @@ def run_blocks(
         keys: [B] keys of the rows, or None for no randomness.
         mask: bool, broadcasts to [B, H, T, T], True where attention is allowed; the same for all blocks.
         bias: added to the attention logits, broadcasts to [B, H, T, T]; the same for all blocks.
-        context_BxSxC: tokens that every block attends to as well; needs a `CrossDecoderConfig`.
+        context: what every block attends to as well, in the form that `block` takes: for `CrossBlock`, which needs a
+            `CrossDecoderConfig`, tokens [B, S, C].
         causal: whether attention is causal.
         relative: the tokens between which each block learns a bias of its own; None: none does. Not with a context.
         intermediates: whether to keep each block's output.
@@ -292,7 +293,7 @@ def run_blocks(
     depth = config.depth if first is None else first
     if depth == 0:
         return x_BxTxD, None
-    kind: Any = block or (Block if context_BxSxC is None else CrossBlock)
+    kind: Any = block or (Block if context is None else CrossBlock)
     stack = scanned(kind, depth, config.remat, config.scan, broadcast=4)
     if depth < config.depth:
         stack = nn.map_variables(stack, "params", lambda tree: jax.tree.map(lambda leaf: leaf[:depth], tree))
@@ -303,7 +304,7 @@ def run_blocks(
     layers = (jnp.arange(depth), jnp.asarray(rates[:depth]))
     more = {} if relative is None else {"relative": relative}
     blocks = stack(config, init, causal, intermediates, dtype, **more, name="blocks")
-    return blocks(x_BxTxD, layers, keys, mask, bias, context_BxSxC)
+    return blocks(x_BxTxD, layers, keys, mask, bias, context)
 
 
 def unstack_layers(stacked: Mapping[str, Any]) -> list[Any]:

@@ -5,7 +5,7 @@ matching of pairs against hard negatives (ITM), and hidden words told from their
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -27,15 +27,14 @@ from vlm_jax.losses.momentum_contrast import (
     same_identity,
 )
 from vlm_jax.losses.tokens import correct_tokens, token_cross_entropy
-from vlm_jax.mesh import constrain, unbox
-from vlm_jax.models.albef import MATCHED, Albef, AlbefModelConfig
-from vlm_jax.models.image_tower import ImageTowerConfig
+from vlm_jax.models.albef import Albef, AlbefModelConfig
 from vlm_jax.models.projection import unit_length
 from vlm_jax.models.stochastic import row_keys
 from vlm_jax.objectives.base import normalise_images
-from vlm_jax.objectives.image_text import ImageTextConfig, ImageTextObjective
 from vlm_jax.objectives.matching import matching_loss
 from vlm_jax.objectives.mlm import check_word_tokenizer
+from vlm_jax.objectives.pair_scores import MatchingObjective
+from vlm_jax.objectives.pairs import PairConfig
 from vlm_jax.step import Aux, Batch, Ratio
 
 # What the averaged model has of its own, by tower.
@@ -43,18 +42,14 @@ _IMAGE_PARTS, _TEXT_PARTS = ("image", "image_projection"), ("text", "text_projec
 
 
 @dataclasses.dataclass(frozen=True)
-class AlbefConfig(ImageTextConfig):
+class AlbefConfig(PairConfig):
     """Align before fuse."""
 
     model: AlbefModelConfig = AlbefModelConfig()  # the encoders
-    text_length: int = 25  # tokens of a caption, the class token included
     hidden_words: WordMaskConfig = WordMaskConfig(spared_ids=(0, 101))  # which words are to be told from the image
     itc_weight: float = 1.0  # of the contrastive loss; 0 leaves it out, and negatives are then drawn evenly
     itm_weight: float = 1.0  # of the loss on matching; 0 leaves it, and its fusion encoder's work, out
     mlm_weight: float = 1.0  # of the loss on hidden words; 0 leaves it, and its encoders' work, out
-    distillation: float = 0.4  # alpha: share of the averaged model in the targets of ITC and MLM
-    distillation_steps: int = 0  # of a linear rise of that share from 0 (published: those of the first epoch)
-    momentum: float = 0.995  # of the averaged model
     momentum_image: bool = True  # whether the image tower has an averaged copy; else features are the tower's own
     momentum_text: bool = True  # the same for text and fusion encoder; without one MLM has no distillation
     queue: int = 65536  # averaged features of earlier rows that are negatives too; 0: those of the batch alone
@@ -67,16 +62,6 @@ class AlbefConfig(ImageTextConfig):
     positives: Literal["row", "image", "image_or_caption"] = "row"
     matching_chunks: int = 1  # parts of the batch whose pairs go through the fusion encoder one after the other
 
-    @property
-    def image_tower(self) -> ImageTowerConfig:
-        """See the base."""
-        return self.model.image
-
-    @property
-    def text_sizes(self) -> tuple[int, int]:
-        """See the base."""
-        return self.model.text.vocab_size, self.text_length
-
     def problems(self) -> Iterator[tuple[str, str]]:
         """Numbers out of range, and what nothing would read."""
         yield from super().problems()
@@ -86,12 +71,8 @@ class AlbefConfig(ImageTextConfig):
                 yield key, f"= {getattr(self, key)} must not be negative; 0 leaves the loss out"
         if not any(weights):
             yield "itc_weight", "= 0, itm_weight = 0 and mlm_weight = 0 leave no loss; set one of them"
-        for key in ("distillation", "momentum"):
-            if not 0 <= getattr(self, key) <= 1:
-                yield key, f"= {getattr(self, key)} must lie in [0, 1]"
-        for key in ("queue", "distillation_steps"):
-            if getattr(self, key) < 0:
-                yield key, f"= {getattr(self, key)} must not be negative"
+        if self.queue < 0:
+            yield "queue", f"= {self.queue} must not be negative"
         if self.matching_chunks < 1:
             yield "matching_chunks", f"= {self.matching_chunks} must be at least 1"
         low, high = self.temperature_limits
@@ -99,16 +80,10 @@ class AlbefConfig(ImageTextConfig):
             yield "temperature_limits", f"= {(low, high)} must hold model.temperature_init and be positive"
         if (self.negatives_scope == "group") != (self.negatives_group > 0):
             yield "negatives_group", f"= {self.negatives_group}: give it if and only if negatives_scope = 'group'"
-        if self.text_length > self.model.text.positions:
-            yield "text_length", f"= {self.text_length} exceeds model.text.positions = {self.model.text.positions}"
 
     def data_problems(self, data: DataConfig) -> Iterator[tuple[str, str]]:
         """Lengths and groups that must agree with the batches."""
-        if data.tokenizer.length != self.text_length:
-            yield (
-                "data.tokenizer.length",
-                f"= {data.tokenizer.length} must equal config.objective.text_length = {self.text_length}; set both",
-            )
+        yield from super().data_problems(data)
         for key in ("negatives_group", "matching_chunks"):
             value = getattr(self, key)
             if value and data.batch_size % value:
@@ -173,7 +148,7 @@ class AlbefConfig(ImageTextConfig):
         return AlbefObjective(self, preprocess, dtype)
 
 
-class AlbefObjective(ImageTextObjective):
+class AlbefObjective(MatchingObjective):
     """See `AlbefConfig`.
 
     `extra` holds "averaged", the averaged model's parameters, and "queue": "image" and "text" [Q, E], "identity"
@@ -185,12 +160,12 @@ class AlbefObjective(ImageTextObjective):
 
     coupled = True
 
+    config: AlbefConfig
+
     def __init__(self, config: AlbefConfig, preprocess: PreprocessConfig, dtype: Dtype):
-        super().__init__(config, Albef(config.model, dtype), preprocess)
-        self.config = config
         needed = config.itc_weight > 0 or config.distils_words
-        self._averaged_parts = _IMAGE_PARTS * (config.momentum_image and needed)
-        self._averaged_parts += _TEXT_PARTS * (config.momentum_text and needed)
+        parts = _IMAGE_PARTS * (config.momentum_image and needed) + _TEXT_PARTS * (config.momentum_text and needed)
+        super().__init__(config, Albef(config.model, dtype), preprocess, parts)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Parameters; an averaged model that starts as they do, and queues of random directions, as published."""
@@ -200,24 +175,7 @@ class AlbefObjective(ImageTextObjective):
             image, text = (unit_length(jax.random.normal(jax.random.fold_in(key, i), shape)) for i in range(2))
             identity = jnp.full((self.config.queue, 2), -1, jnp.int32)
             extra["queue"] = {"image": image, "text": text, "identity": identity, "pointer": jnp.zeros((), jnp.int32)}
-        return params, self.begin(extra, unbox(params))
-
-    def begin(self, extra: Any, params: Any) -> Any:
-        """The averaged model is the model; a copy, for the step donates both."""
-        own = {name: params[name] for name in self._averaged_parts}
-        return extra | ({"averaged": jax.tree.map(jnp.copy, own)} if own else {})
-
-    def _averaged(self, params: Any, extra: Any) -> tuple[Any, Any]:
-        """(a whole tree of parameters, the parts of it to keep): moved towards the model before they are used."""
-        keep, fixed = self.config.momentum, jax.lax.stop_gradient(params)
-        moved = {
-            name: jax.tree.map(lambda old, now: keep * old + (1 - keep) * now, part, fixed[name])
-            for name, part in extra.get("averaged", {}).items()
-        }
-        return fixed | moved, moved
-
-    def _call(self, params: Any, method: str, *arguments: Any) -> Any:
-        return self.module.apply({"params": params}, *arguments, method=method)
+        return params, extra
 
     def embed(self, params: Any, extra: Any, batch: Batch, keys: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         """What each pair is by itself.
@@ -349,9 +307,7 @@ class AlbefObjective(ImageTextObjective):
 
     def after(self, extra: Any, params: Any, updates: Any, step: jax.Array) -> Any:
         """The averaged model that this step used, and its features in the queues."""
-        new = dict(extra)
-        if "averaged" in extra:
-            new["averaged"] = updates["averaged"]
+        new = extra | ({"averaged": updates["averaged"]} if "averaged" in extra else {})
         if "queue" in extra:
             queue, pointer = extra["queue"], extra["queue"]["pointer"]
             image, text = updates["slow_image_features"], updates["slow_text_features"]
@@ -361,62 +317,6 @@ class AlbefObjective(ImageTextObjective):
             new["queue"] = {name: enqueue(queue[name], jax.lax.stop_gradient(x), pointer) for name, x in rows.items()}
             new["queue"]["pointer"] = (pointer + image.shape[0]) % self.config.queue
         return new
-
-    def _share(self, step: jax.Array) -> jax.Array:
-        """() fp32, the averaged model's share of the targets."""
-        rise = max(self.config.distillation_steps, 1)
-        progress = jnp.minimum(step.astype(jnp.float32) / rise, 1.0) if self.config.distillation_steps else 1.0
-        return jnp.asarray(self.config.distillation * progress, jnp.float32)
-
-    def outputs(self, params: Any, batch: Mapping[str, jax.Array], intermediates: bool = True) -> dict[str, jax.Array]:
-        """See `Albef`."""
-        return self._apply(params, batch, None, intermediates=intermediates)
-
-    def image_features(self, params: Any, images: jax.Array) -> jax.Array:
-        """See the base."""
-        return self._apply_images(params, images, "encode_image")["features"]
-
-    def text_features(self, params: Any, texts: jax.Array) -> jax.Array:
-        """See the base."""
-        return self._call(params, "encode_text", texts)["features"]
-
-    def image_vectors(self, params: Any, images: jax.Array, which: str) -> jax.Array:
-        """See the base."""
-        return self._apply_images(params, images, "image_vectors", which)
-
-    def match_images(self, params: Any, images: jax.Array) -> jax.Array:
-        """See the base: the tokens of the image tower."""
-        return self._apply_images(params, images, "image_states")["tokens"]
-
-    def match_texts(self, params: Any, texts: jax.Array) -> dict[str, jax.Array]:
-        """See the base: "states" of the text encoder and which tokens are "valid"."""
-        return {
-            "states": self._call(params, "text_states", texts)["tokens"],
-            "valid": self._call(params, "valid", texts),
-        }
-
-    def match_pairs(
-        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array
-    ) -> jax.Array:
-        """See the base: logits of the head on the fused class token, "yes" at `MATCHED`."""
-        image_P, text_P = pairs_Px2[:, 0], pairs_Px2[:, 1]
-        tokens, states = (
-            constrain(jnp.take(x, rows_P, axis=0), "batch", "length", "embed")
-            for x, rows_P in ((images_BxSxC, image_P), (texts["states"], text_P))
-        )
-        fused = self._call(params, "fuse", states, jnp.take(texts["valid"], text_P, axis=0), tokens)
-        return self._call(params, "match", fused)
-
-    def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
-        """log p(they belong together), fp32 [B, P], by the fusion encoder; one text after the other, as `Caption`."""
-        tokens, rows = self.match_images(params, images), images.shape[0]
-        found = self.match_texts(params, texts)
-
-        def score(text: tuple[jax.Array, jax.Array]) -> jax.Array:
-            fused = self._call(params, "fuse", *(jnp.broadcast_to(x, (rows, *x.shape)) for x in text), tokens)
-            return jax.nn.log_softmax(self._call(params, "match", fused), axis=-1)[:, MATCHED]
-
-        return jax.lax.map(score, (found["states"], found["valid"])).T
 
 
 __all__ = ["AlbefConfig", "AlbefObjective"]

@@ -34,6 +34,7 @@ class ObjectiveConfig(Choice):
             aim,
             aimv2,
             albef,
+            albef_vqa,
             bag_of_words,
             beit,
             caption,
@@ -46,8 +47,10 @@ class ObjectiveConfig(Choice):
             lm,
             mae,
             mlm,
+            pair_classify,
             siglip,
             simmim,
+            text_assignment,
             vlm,
         )
 
@@ -56,6 +59,9 @@ class ObjectiveConfig(Choice):
             "siglip": siglip.SiglipConfig,
             "coca": coca.CoCaConfig,
             "albef": albef.AlbefConfig,
+            "albef_vqa": albef_vqa.AlbefVqaConfig,
+            "pair_classify": pair_classify.PairClassifyConfig,
+            "text_assignment": text_assignment.TextAssignmentConfig,
             "mlm": mlm.MlmConfig,
             "dino": dino.DinoConfig,
             "caption": caption.CaptionConfig,
@@ -213,6 +219,10 @@ class ModelObjective(Objective):
         """uint8 or normalised float [B, H, W, 3] -> fp32 [B, C], a score a class; the higher, the likelier."""
         raise TypeError(f"{type(self).__name__} has no classes of its own")
 
+    def pair_class_scores(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """As `class_scores`, of a batch of the method's rows, where texts beside images have the classes."""
+        raise TypeError(f"{type(self).__name__} has no classes of texts and images")
+
     def reconstruct(self, params: Any, images: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
         """What the method makes of the pixels that it hides, as pictures.
 
@@ -262,6 +272,23 @@ class ModelObjective(Objective):
         """One token more of each row that `begin_writing` read: together they write what `answer` does."""
         raise TypeError(f"{type(self).__name__} writes no text")
 
+    def rank_answers(
+        self, params: Any, batch: Mapping[str, jax.Array], answers_NxL: jax.Array, k: int, first_twice: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Which of some answers fit questions best.
+
+        Args:
+            params: of the model.
+            batch: rows of questions, as of `answer`.
+            answers_NxL: int32, start token, answer, end token, and padding.
+            k: so many answers whose first token is the likeliest are read to their end.
+            first_twice: whether the likelihood of the first token counts once more, as in ALBEF's published code.
+
+        Returns:
+            (places in the list int32 [B, k], the best first; log of their shares fp32 [B, k], by a softmax over the k).
+        """
+        raise TypeError(f"{type(self).__name__} ranks no answers")
+
     def match_images(self, params: Any, images: jax.Array) -> jax.Array:
         """uint8 or normalised float [B, H, W, 3] -> what `match_pairs` takes of images, [B, S, C]."""
         raise TypeError(f"{type(self).__name__} tells of no pair whether it belongs together")
@@ -276,16 +303,26 @@ class ModelObjective(Objective):
         """int32 [P, 2], pairs of (row of the images, row of the texts) -> fp32 [P, 2]: scores of "no" and "yes"."""
         raise TypeError(f"{type(self).__name__} tells of no pair whether it belongs together")
 
+    def ground_pairs(
+        self, params: Any, images_BxSxC: jax.Array, texts: dict[str, jax.Array], pairs_Px2: jax.Array, layer: int
+    ) -> jax.Array:
+        """As `match_pairs`, but on which patches of the image "yes" rests, fp32 [P, rows, columns].
+
+        `layer` is the one whose look at the image is asked, counted from 1 among those that have one.
+        """
+        raise TypeError(f"{type(self).__name__} tells of no pair whether it belongs together")
+
     def prompt_scores(self, params: Any, images: jax.Array, texts: jax.Array) -> jax.Array:
         """uint8 images [B, H, W, 3] and int32 texts [P, L] -> fp32 [B, P]; the higher, the better they match."""
         raise TypeError(f"{type(self).__name__} compares images and texts by their features")
 
 
 def normalise_images(images: jax.Array, preprocess: PreprocessConfig) -> jax.Array:
-    """uint8 [B, H, W, 3] -> (x / 255 - mean) / std in fp32; float images are taken as normalised already."""
+    """uint8 [..., H, W, 3] -> (x / 255 - mean) / std in fp32; float images are taken as normalised already."""
     if not jnp.issubdtype(images.dtype, jnp.integer):
         return images
-    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, 3) for values in (preprocess.mean, preprocess.std))
+    shape = (*[1] * (images.ndim - 1), 3)
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (preprocess.mean, preprocess.std))
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 

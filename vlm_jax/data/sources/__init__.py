@@ -14,7 +14,10 @@ from vlm_jax.data.sources.llava_json import LlavaJsonConfig
 from vlm_jax.data.sources.mismatched import MismatchedConfig
 from vlm_jax.data.sources.mixture import MixtureConfig, MixturePart
 from vlm_jax.data.sources.parquet import ParquetConfig
+from vlm_jax.data.sources.question_lists import QuestionListsConfig
+from vlm_jax.data.sources.referring import ReferringConfig
 from vlm_jax.data.sources.shapes import ShapesConfig
+from vlm_jax.data.sources.shapes_statements import ShapesStatementsConfig
 from vlm_jax.data.sources.subset import SubsetConfig
 from vlm_jax.data.sources.tables import CsvConfig, JsonlConfig
 from vlm_jax.data.sources.tar import TarConfig
@@ -25,10 +28,12 @@ from vlm_jax.schema import ConfigError
 KINDS: dict[str, type[Any]] = {
     "digits": DigitsConfig,
     "shapes": ShapesConfig,
+    "shapes_statements": ShapesStatementsConfig,
     "tar": TarConfig,
     "jsonl": JsonlConfig,
     "csv": CsvConfig,
     "json": JsonListsConfig,
+    "referring": ReferringConfig,
     "tfds": TfdsConfig,
     "array_record": ArrayRecordConfig,
     "class_folders": ClassFoldersConfig,
@@ -39,6 +44,7 @@ KINDS: dict[str, type[Any]] = {
     "subset": SubsetConfig,
     "mismatched": MismatchedConfig,
     "benchmark": BenchmarkConfig,
+    "questions": QuestionListsConfig,
 }
 
 
@@ -52,7 +58,7 @@ def source_for_path(path: str) -> SourceConfig:
     if lower.endswith(".jsonl"):
         return JsonlConfig(path=path)
     if lower.endswith(".json"):
-        return LlavaJsonConfig(path=path) if _holds_conversations(path) else JsonListsConfig(path=path)
+        return _json_source(path)
     if lower.endswith(".parquet"):
         return ParquetConfig(path=path)
     if lower.endswith((".csv", ".tsv")):
@@ -98,14 +104,18 @@ def source_at(path: str, source: SourceConfig, path_key: str, source_key: str, c
         return named.build(cache_dir)
 
 
-def _holds_conversations(path: str) -> bool:
-    """Whether the first of some *.json files has LLaVA's layout and not that of a list of captions."""
+def _json_source(path: str) -> SourceConfig:
+    """By the first of some *.json files: LLaVA's layout, a list of questions, or one of captions."""
     first = path.split(",")[0]
     if not os.path.isfile(first):
-        return True
+        return LlavaJsonConfig(path=path)
     with open(first, "rb") as stream:
         start = stream.read(1 << 16)
-    return b'"conversations"' in start or b'"caption"' not in start
+    if b'"conversations"' in start:
+        return LlavaJsonConfig(path=path)
+    if b'"question"' in start and b'"image"' in start:
+        return QuestionListsConfig(path=path)
+    return JsonListsConfig(path=path) if b'"caption"' in start else LlavaJsonConfig(path=path)
 
 
 def _source_for_folder(path: str) -> SourceConfig:
@@ -146,8 +156,11 @@ __all__ = [
     "MixtureConfig",
     "MixturePart",
     "ParquetConfig",
+    "QuestionListsConfig",
     "Record",
+    "ReferringConfig",
     "ShapesConfig",
+    "ShapesStatementsConfig",
     "Source",
     "SourceConfig",
     "SubsetConfig",

@@ -16,10 +16,12 @@ Record = dict[str, Any]
 """One example as it is stored: `image` (encoded bytes, or uint8 [H, W, 3]), `texts` (tuple of captions, which may be
 empty), `key`, `where` (the shard or file it came from), for labelled sources `label` (int), `text_weights` (the
 probability of each caption) where the source gives its captions different ones, `image_id` (text) where several
-records may hold one image, and `no_caption` (why `texts` is empty) where a caption was looked for: who needs one raises
-`BadRecord` with it, who reads the image alone doesn't. A conversation has `turns` and `images` instead of `image` (see
-`chats`), and `notes` on what was left out of it; a question of a benchmark has `question` and `reference` instead of
-`turns` (see `benchmark`). Sources of documents have `texts` and no `image`."""
+records may hold one image, `images` (tuple, `image` its first) where a text is read beside several, `phrases` (tuple)
+and `boxes` ([n, 4]: left, top, width and height in pixels) where parts of the image are named, and `no_caption` (why
+`texts` is empty) where a caption was looked for: who needs one raises `BadRecord` with it, who reads the image alone
+doesn't. A conversation has `turns` and `images` instead of `image` (see `chats`), and `notes` on what was left out of
+it; a question of a benchmark has `question` and `reference` instead of `turns` (see `benchmark`). Sources of documents
+have `texts` and no `image`."""
 
 
 class BadRecord(Exception):  # noqa: N818 - it names the record, and most are replaced

@@ -62,6 +62,8 @@ class ShapesConfig(SourceConfig):
     conversations: tuple[Kind, ...] = ()
     # questions in a conversation about one scene: from 1 to this many
     max_rounds: int = 1
+    # whether records also name objects, and tell where these are
+    named_objects: bool = False
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Sizes and counts that can't be drawn."""
@@ -73,6 +75,8 @@ class ShapesConfig(SourceConfig):
             yield "max_rounds", f"= {self.max_rounds} leaves no question; use 1 or more"
         if "more" in self.conversations and self.min_objects == self.max_objects:
             yield "conversations", "holds 'more', but all scenes have as many objects; raise max_objects"
+        if self.conversations and self.named_objects:
+            yield "named_objects", "is true, but conversations name no objects apart; leave conversations empty"
         if self.conversations and self.cells == 1:
             yield "conversations", "asks for places, which close-ups (cells = 1) don't have; set cells = 9"
         if not 1 <= self.min_objects <= self.max_objects <= self.cells:
@@ -106,14 +110,17 @@ class ShapesSource:
     def __getitem__(self, index: int) -> Record:
         """The scene; `scene` is a list of dicts with `shape`, `color`, `size`, `position`, in reading order.
 
-        `label` is there in scenes of one object. With `conversations` it has `turns`, `images`, `answer` and `kind`
-        instead, and images are drawn when they are needed.
+        `label` is there in scenes of one object. With `named_objects` it has `phrases`, as "a large red circle", for
+        each object that size, colour and shape tell from the others, and their `boxes`, float32 [n, 4] of left, top,
+        width and height in pixels. With `conversations` it has `turns`, `images`, `answer` and `kind` instead, and
+        images are drawn when they are needed.
         """
         if self.config.conversations:
             return self._chat(index)
         rng, scene = self._scene(index)
+        image, boxes = _draw(scene, self.config.image_size, 3.0 if self.config.cells == 1 else 1.0, rng)
         record: Record = {
-            "image": _draw(scene, self.config.image_size, 3.0 if self.config.cells == 1 else 1.0, rng),
+            "image": image,
             "texts": _captions(scene),
             "scene": scene,
             "key": f"{self.config.split}-{index:06d}",
@@ -121,6 +128,10 @@ class ShapesSource:
         }
         if self.class_names:
             record["label"] = self.class_names.index(f"{scene[0]['color']} {scene[0]['shape']}")
+        if self.config.named_objects:
+            phrases = [f"a {item['size']} {item['color']} {item['shape']}" for item in scene]
+            single = [place for place, phrase in enumerate(phrases) if phrases.count(phrase) == 1]
+            record |= {"phrases": tuple(phrases[place] for place in single), "boxes": boxes[single]}
         return record
 
     def texts(self, index: int) -> tuple[str, ...]:
@@ -136,7 +147,7 @@ class ShapesSource:
     def picture(self, index: int) -> np.ndarray:
         """The image of a record, uint8 [image_size, image_size, 3]."""
         rng, scene = self._scene(index)
-        return _draw(scene, self.config.image_size, 1.0, rng)
+        return _draw(scene, self.config.image_size, 1.0, rng)[0]
 
     def _chat(self, index: int) -> Record:
         conversation, size = self._conversation(index), self.config.image_size
@@ -175,7 +186,7 @@ class ShapesSource:
         return shapes_chat.questions(rng, scene, kind, config.max_rounds)
 
     def _draw_other(self, scene: Scene, index: int, number: int) -> np.ndarray:
-        return _draw(scene, self.config.image_size, 1.0, self._rng(index, 2 + number))
+        return _draw(scene, self.config.image_size, 1.0, self._rng(index, 2 + number))[0]
 
     def _rng(self, index: int, stream: int) -> np.random.Generator:
         """Further randomness of a record; stream 0 is that of its scene."""
@@ -210,28 +221,37 @@ def _captions(scene: Scene) -> tuple[str, ...]:
     return tuple(dict.fromkeys((" and ".join(phrases), " and ".join(reversed(phrases)))))
 
 
-def _draw(scene: Scene, size: int, zoom: float, rng: np.random.Generator) -> np.ndarray:
-    """Ground, colours and places vary a little from scene to scene, so that pixels alone don't name a caption."""
+def _draw(scene: Scene, size: int, zoom: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(image, float32 [n, 4]: left, top, width and height of each object in pixels).
+
+    Ground, colours and places vary a little from scene to scene, so that pixels alone don't name a caption.
+    """
     wide = size * _SUPERSAMPLING
     image = Image.new("RGB", (wide, wide), tuple(int(v) for v in rng.integers(215, 256, size=3)))
-    canvas = ImageDraw.Draw(image)
-    for item in scene:
+    canvas, boxes = ImageDraw.Draw(image), np.zeros((len(scene), 4), np.float32)
+    for item, box in zip(scene, boxes, strict=True):
         row, column = divmod(POSITIONS.index(item["position"]), 3)
         jitter_x, jitter_y = zoom * rng.uniform(-0.015, 0.015, size=2)
         centre = ((column + 0.5) / 3 + jitter_x) * wide, ((row + 0.5) / 3 + jitter_y) * wide
         color = np.clip(np.asarray(COLORS[item["color"]]) + rng.integers(-12, 13, size=3), 0, 255)
         radius = zoom * SIZES[item["size"]] * wide
-        _draw_object(canvas, item["shape"], centre, radius, tuple(int(v) for v in color))
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
+        low, high = _draw_object(canvas, item["shape"], centre, radius, tuple(int(v) for v in color))
+        box[:] = *(low / _SUPERSAMPLING), *((high - low) / _SUPERSAMPLING)
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX)), boxes
 
 
-def _draw_object(canvas: Any, shape: str, centre: tuple[float, float], radius: float, color: tuple[int, ...]) -> None:
+def _draw_object(
+    canvas: Any, shape: str, centre: tuple[float, float], radius: float, color: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws it, and tells the least and the largest (x, y) of its outline."""
     x, y = centre
+    points = [(x - radius, y - radius), (x + radius, y + radius)]
     if shape == "circle":
-        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
+        canvas.ellipse((*points[0], *points[1]), fill=color)
     elif shape == "square":
         side = 0.85 * radius
-        canvas.rectangle((x - side, y - side, x + side, y + side), fill=color)
+        points = [(x - side, y - side), (x + side, y + side)]
+        canvas.rectangle((*points[0], *points[1]), fill=color)
     elif shape == "cross":
         arm = 0.3 * radius
         canvas.rectangle((x - radius, y - arm, x + radius, y + arm), fill=color)
@@ -246,3 +266,5 @@ def _draw_object(canvas: Any, shape: str, centre: tuple[float, float], radius: f
             angle = math.pi * step / corners - math.pi / 2
             points.append((x + length * math.cos(angle), y + length * math.sin(angle)))
         canvas.polygon(points, fill=color)
+    outline = np.asarray(points, np.float32)
+    return outline.min(axis=0), outline.max(axis=0)
