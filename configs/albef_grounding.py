@@ -12,17 +12,25 @@ dets.json), RefCOCO+'s own refs(unc).p and instances.json, and BERT's vocabulary
         --config.evals.refcoco_plus.source.detections=dets.json
 Training is that of retrieval (albef_retrieval_coco.py) on whole images, squashed, flipped and with RandAugment, in 5
 epochs of batch 256. Test: Grad-CAM of matching on the third fusion layer ranks the detector's boxes.
+`:shapes` is the same for the model of albef_shapes.py: captions that name one object of a scene.
 Published after pre-training on 14M images: 58.46 % (val), 65.89 % (testA), 46.25 % (testB).
 """
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
-from vlm_jax.config import Config, config_module, variant
+from vlm_jax.checkpoint import CheckpointConfig
+from vlm_jax.config import Config, TrainConfig, config_module, variant
 from vlm_jax.data.sources import JsonListsConfig, ReferringConfig, ShapesConfig
 from vlm_jax.evals.grounding import GroundingConfig
+from vlm_jax.optim import AdamW
+from vlm_jax.schedule import Cosine
 from vlm_jax.schema import override
+from vlm_jax.warm_start import InitFrom
 
 RETRIEVAL = config_module(Path(__file__).with_name("albef_retrieval_coco.py"))
+SHAPES = config_module(Path(__file__).with_name("albef_shapes.py"))
 PAIRS = 120_191  # expressions of RefCOCO+'s training images
 
 SMOKE = {
@@ -35,6 +43,21 @@ SMOKE = {
 }
 
 
+def shapes() -> dict[str, Any]:
+    """What the small model has of its own; it starts from a run of its pre-training."""
+    pretrained, steps = SHAPES.get_config(), 300
+    phrases = dataclasses.replace(SHAPES.SCENES, captions="object", seed=3)
+    return {
+        "objective": override(pretrained.objective, RETRIEVAL.LOSSES | {"distillation_steps": 0}),
+        "data": dataclasses.replace(pretrained.data, source=phrases),
+        "optimizer": AdamW(learning_rate=3e-4, weight_decay=0.02, schedule=Cosine(warmup_steps=steps // 20)),
+        "init_from": InitFrom(path="runs/albef_shapes", extra=True, tokenizer=True),
+        "train": TrainConfig(steps=steps, log_every=50),
+        "checkpoint": CheckpointConfig(every=200, keep=1),
+        "evals": (GroundingConfig("objects", dataclasses.replace(SHAPES.HELD_OUT, named_objects=True), layer=2),),
+    }
+
+
 def get_config(name: str = "") -> Config:
     config = override(
         RETRIEVAL.get_config("", "albef_grounding", pairs=PAIRS),
@@ -45,4 +68,4 @@ def get_config(name: str = "") -> Config:
             "evals": (GroundingConfig("refcoco_plus", ReferringConfig(), layer=3),),
         },
     )
-    return variant(config, name, {"smoke": SMOKE})
+    return variant(config, name, {"smoke": SMOKE, "shapes": shapes()})

@@ -84,7 +84,7 @@ def get_config(name: str = "") -> Config:
                 rerank=32,
             ),
             GroundingConfig(
-                "objects", dataclasses.replace(SCENES, split="test", count=256, named_objects=True), layer=1
+                "objects", dataclasses.replace(SCENES, split="test", count=256, named_objects=True), layer=2
             ),
         ),
     )

@@ -132,12 +132,13 @@ def test_boxes_of_drawn_objects_are_where_their_colour_is() -> None:
             np.testing.assert_allclose((pixels[0], pixels[-1] + 1), (first, first + size), atol=1.5)
     several = dataclasses.replace(one, min_objects=9, max_objects=9, count=24)
     plain = dataclasses.replace(several, named_objects=False).build("")
-    left_out = 0
+    naming, left_out = dataclasses.replace(several, captions="object").build(""), 0
     for index, record in enumerate(map(several.build("").__getitem__, range(24))):
         np.testing.assert_array_equal(record["image"], plain[index]["image"])
         phrases = [f"a {item['size']} {item['color']} {item['shape']}" for item in record["scene"]]
         assert list(record["phrases"]) == [phrase for phrase in phrases if phrases.count(phrase) == 1]
         assert len(record["boxes"]) == len(record["phrases"])
+        assert naming.texts(index) == naming[index]["texts"] == record["phrases"]
         left_out += len(phrases) - len(record["phrases"])
     assert left_out
 

@@ -27,11 +27,11 @@ OVERLAP = 0.5  # of a chosen box with the true one, to be right
 class GroundingConfig(EvalConfig):
     """Maps of the patches for all phrases of a source whose records have `phrases` and their `boxes`.
 
-    Metrics, under `grounding/<name>/`: `pointing`, the share of phrases whose map is largest inside the box of what
-    they name; `pointing_patch`, the same of the largest patch, which has to touch the box; `pointing_chance`, what a
-    random pixel would get; `phrases`. Where records have `candidates`, boxes of a detector, `accuracy` is the share of
-    phrases whose map chooses one that overlaps the true box by half or more; `accuracy/<split>` where they name splits.
-    The picture is `grounding/<name>/maps`.
+    Metrics, under `grounding/<name>/`: `pointing`, the share of phrases whose map is largest in a patch with its centre
+    inside the box of what they name; `pointing_patch`, the same where the patch need only touch the box;
+    `pointing_chance`, what a random pixel would get; `phrases`. Where records have `candidates`, boxes of a detector,
+    `accuracy` is the share of phrases whose map chooses one that overlaps the true box by half or more;
+    `accuracy/<split>` where they name splits. The picture is `grounding/<name>/maps`.
     """
 
     # Whose look at the image is asked: a layer of the fusion encoder, counted from 1 among those that look. Published
@@ -134,10 +134,10 @@ def judge(record: Record, number: int, map_RxC: np.ndarray) -> tuple[dict[str, f
     box = np.asarray(record["boxes"][number], np.float64)
     width, height = record["size"] if "size" in record else decoded(record).shape[1::-1]
     map_HxW = resized(map_RxC, height, width)
-    row, column = np.unravel_index(np.argmax(map_HxW), map_HxW.shape)
+    left, top, *sides = _largest_patch(map_RxC, height, width)
     judged = {
-        "pointing": float(_touches(box, (column + 0.5, row + 0.5, 0, 0))),
-        "pointing_patch": float(_touches(box, _largest_patch(map_RxC, height, width))),
+        "pointing": float(_touches(box, (left + sides[0] / 2, top + sides[1] / 2, 0, 0))),
+        "pointing_patch": float(_touches(box, (left, top, sides[0], sides[1]))),
         "pointing_chance": box[2] * box[3] / (width * height),
     }
     if "candidates" in record:

@@ -64,6 +64,8 @@ class ShapesConfig(SourceConfig):
     max_rounds: int = 1
     # whether records also name objects, and tell where these are
     named_objects: bool = False
+    # what captions tell: the whole scene, or only one object that they name, as referring expressions do
+    captions: Literal["scene", "object"] = "scene"
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Sizes and counts that can't be drawn."""
@@ -121,7 +123,7 @@ class ShapesSource:
         image, boxes = _draw(scene, self.config.image_size, 3.0 if self.config.cells == 1 else 1.0, rng)
         record: Record = {
             "image": image,
-            "texts": _captions(scene),
+            "texts": self._texts(scene),
             "scene": scene,
             "key": f"{self.config.split}-{index:06d}",
             "where": "shapes",
@@ -129,16 +131,19 @@ class ShapesSource:
         if self.class_names:
             record["label"] = self.class_names.index(f"{scene[0]['color']} {scene[0]['shape']}")
         if self.config.named_objects:
-            phrases = [f"a {item['size']} {item['color']} {item['shape']}" for item in scene]
-            single = [place for place, phrase in enumerate(phrases) if phrases.count(phrase) == 1]
-            record |= {"phrases": tuple(phrases[place] for place in single), "boxes": boxes[single]}
+            named = _named(scene)
+            record |= {"phrases": tuple(phrase for _, phrase in named), "boxes": boxes[[place for place, _ in named]]}
         return record
 
     def texts(self, index: int) -> tuple[str, ...]:
         """The captions, or the messages, without drawing."""
         if self.config.conversations:
             return message_texts(self._conversation(index).turns)
-        return _captions(self._scene(index)[1])
+        return self._texts(self._scene(index)[1])
+
+    def _texts(self, scene: Scene) -> tuple[str, ...]:
+        names = [phrase for _, phrase in _named(scene)] if self.config.captions == "object" else []
+        return tuple(names) or _captions(scene)
 
     def fingerprint(self) -> str:
         """Of the config: it is all there is."""
@@ -213,6 +218,12 @@ def _random_scene(rng: np.random.Generator, count: int, places: int = len(POSITI
         }
         for cell in cells
     ]
+
+
+def _named(scene: Scene) -> list[tuple[int, str]]:
+    """(place in the scene, phrase) of each object that size, colour and shape tell from the others."""
+    phrases = [f"a {item['size']} {item['color']} {item['shape']}" for item in scene]
+    return [(place, phrase) for place, phrase in enumerate(phrases) if phrases.count(phrase) == 1]
 
 
 def _captions(scene: Scene) -> tuple[str, ...]:
