@@ -34,7 +34,7 @@ from vlm_jax import platforms
 from vlm_jax.config import Config, load_config
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import ShapesConfig
-from vlm_jax.evals.vqa import VqaConfig, canonical_answer
+from vlm_jax.evals.vqa import VqaConfig
 from vlm_jax.interop.commands import export_weights
 from vlm_jax.loading import Model, load
 from vlm_jax.main import keep_compiled_programs, split_overrides
@@ -230,7 +230,7 @@ def run_all(flags: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str
         },
         "asked": asked,
         "guess": best_guess(vqa.source, int(asked["examples"])),
-        "chat": chat | {"right": canonical_answer(chat["answer"]) == canonical_answer(chat["known"])},
+        "chat": chat,
         "exported": exported,
         "seed": flags.seed,
         "overrides": dict(overrides),

@@ -1,8 +1,8 @@
 """The small chain of vlm_shapes_stage1.py, stage 2: conversations about drawn scenes, judged on held-out questions.
 
 Captions, colours, shapes, places and counts of objects, two scenes compared, scenes told in words, and sums, four or
-five to a packed row; the best guess without the image is right in a fifth of the cases. Projector and decoder learn, the
-tower is frozen, as in LLaVA-1.5.
+five to a packed row; the best guess without the image is right in a fifth of the cases. Projector and decoder learn,
+the tower is frozen, as in LLaVA-1.5.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def get_config(name: str = "") -> Config:
         template="paligemma", tiling=SquareTiling(fit="crop"), row_length=224, max_tiles=7, packing="tight"
     )
     source = ShapesConfig(image_size=48, count=100_000, seed=2, conversations=KINDS, max_rounds=4)
-    config = STAGE_1.recipe("vlm_shapes_stage2", chat, source, QUESTIONS, batch=12, steps=2400, rate=2e-3)
+    config = STAGE_1.recipe("vlm_shapes_stage2", chat, source, QUESTIONS, batch=12, steps=3000, rate=2e-3)
     config = override(config, {"init_from": InitFrom(path="runs/vlm_shapes_stage1", tokenizer=True)})
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_every=800))
     return variant(config, name, {"smoke": STAGE_1.SMOKE})
