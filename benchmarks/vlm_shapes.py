@@ -174,11 +174,12 @@ def transformers_answers(model: Model, rows: Mapping[str, np.ndarray], folder: P
         ids = np.where(slots >= 0, theirs.config.image_token_id, text)[used]
         pixels = ((tiles[: int(count)] / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
         given = torch.tensor(ids[None].astype(np.int64))
+        shown = {"pixel_values": torch.tensor(pixels.astype(np.float32))} if count else {}
         with torch.no_grad():
             written = theirs.generate(
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
-                pixel_values=torch.tensor(pixels.astype(np.float32)) if count else None,
+                **shown,
                 max_new_tokens=tokens,
                 do_sample=False,
                 eos_token_id=model.tokenizer.eos_id,  # pyright: ignore[reportOptionalMemberAccess]
