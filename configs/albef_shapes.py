@@ -25,10 +25,10 @@ from vlm_jax.optim import AdamW
 from vlm_jax.schedule import Cosine
 from vlm_jax.schema import override
 
-SCENES = ShapesConfig(image_size=48, count=20000, max_objects=2)
+SCENES = ShapesConfig(image_size=48, count=60_000, max_objects=2)
 HELD_OUT = dataclasses.replace(SCENES, split="test", count=256)
 LENGTH, VOCABULARY = 20, 128
-STEPS = 2400
+STEPS = 6000
 
 SIZES: dict[str, Any] = {"width": 96, "heads": 3, "mlp_dim": 384}
 # The published spread of 0.02 is that of wide models: at this width nothing but the words is learned for long.

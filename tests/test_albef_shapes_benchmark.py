@@ -66,7 +66,7 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.slow
 def test_a_quick_run_of_all_and_its_continuation(tmp_path: Path) -> None:
     arguments = ("--quick", f"--workdir={tmp_path}")
-    assert command.benchmark("albef_shapes", *arguments).count("--- ") == 3
+    assert command.benchmark("albef_shapes", *arguments).count("--- ") == 4
     results = json.loads((tmp_path / "albef_shapes.json").read_text())["results"]
     assert list(results) == list(benchmark.RUNS)
     assert all(0 <= value <= 1 for found in results.values() for value in found.values())
