@@ -104,7 +104,21 @@ def smoke_forms() -> list[Path]:
     return list(distinct.values())
 
 
-@pytest.mark.parametrize("path", smoke_forms(), ids=lambda path: path.stem)
+# Other sizes or data of methods whose smoke forms train beside these: with the long loops.
+SIBLINGS = {
+    "albef_14m", "albef_retrieval_flickr", "clip_b16", "clip_l14_336", "datacomp_xl_l14", "efficiency_rn50",
+    "efficiency_shapes", "finetune_simmim_vit_b16", "lm_135m", "nanovlm_222m", "siglip_b16",
+}  # fmt: skip
+
+
+def smoke_parameters() -> list[Any]:
+    """The paths, those of siblings marked."""
+    return [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SIBLINGS)) for path in smoke_forms()
+    ]
+
+
+@pytest.mark.parametrize("path", smoke_parameters())
 def test_its_smoke_form_trains(path: Path, tmp_path: Path) -> None:
     config = load_config(f"{path}:smoke")
     assert train(config, str(tmp_path)) == 0
