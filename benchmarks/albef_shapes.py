@@ -13,19 +13,17 @@ numbers mean nothing.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pages import write_between
-from self_supervised import checked, finished
+from self_supervised import checked, finished, prepare
 
-from vlm_jax import platforms
 from vlm_jax.config import Config, load_config
 from vlm_jax.data.sources import MismatchedConfig
-from vlm_jax.main import keep_compiled_programs, split_overrides
+from vlm_jax.main import split_overrides
 from vlm_jax.schema import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -114,12 +112,8 @@ def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
     """The program."""
     try:
         flags, overrides = parse(arguments)
-        if platforms.computes_on_cpu():
-            platforms.keep_freed_memory()
         configs = {run: run_config(run, flags, overrides) for run in flags.runs}
-        flags.workdir.mkdir(parents=True, exist_ok=True)
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(flags.workdir / "compilation_cache")
-        keep_compiled_programs(cache)
+        prepare(flags.workdir)
         results = {}
         for run, config in configs.items():
             found = finished(config, flags.workdir / run)

@@ -269,6 +269,14 @@ def tower_of(config: Config) -> ViTConfig:
     return config.objective.image_tower
 
 
+def prepare(workdir: Path) -> None:
+    """Makes the folder of several runs, which share compiled programs and the memory of this process."""
+    if platforms.computes_on_cpu():
+        platforms.keep_freed_memory()
+    workdir.mkdir(parents=True, exist_ok=True)
+    keep_compiled_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir / "compilation_cache"))
+
+
 def finished(config: Config, folder: Path) -> dict[str, float]:
     """The metrics of a run: those in its folder if this config made them, else it is begun or continued there.
 
@@ -312,11 +320,8 @@ def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
     """The program."""
     try:
         flags, overrides = parse(arguments)
-        if platforms.computes_on_cpu():
-            platforms.keep_freed_memory()
         scale, workdir = scale_of(flags), flags.workdir
-        workdir.mkdir(parents=True, exist_ok=True)
-        keep_compiled_programs(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(workdir / "compilation_cache"))
+        prepare(workdir)
         kinds = [own(flags.images, workdir)] if flags.images else [built_in(name) for name in flags.data]
         kinds, common = kinds[: 1 if flags.quick else None], {"seed": flags.seed, **overrides}
         results = {

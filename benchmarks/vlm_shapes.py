@@ -17,7 +17,6 @@ import collections
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -28,16 +27,15 @@ import jax
 import numpy as np
 from pages import write_between
 from PIL import Image
-from self_supervised import checked, finished
+from self_supervised import checked, finished, prepare
 
-from vlm_jax import platforms
 from vlm_jax.config import Config, load_config
 from vlm_jax.data.pipeline import DataConfig
 from vlm_jax.data.sources import ShapesConfig
 from vlm_jax.evals.vqa import VqaConfig
 from vlm_jax.interop.commands import export_weights
 from vlm_jax.loading import Model, load
-from vlm_jax.main import keep_compiled_programs, split_overrides
+from vlm_jax.main import split_overrides
 from vlm_jax.models.generation import GenerationConfig
 from vlm_jax.schema import ConfigError
 
@@ -242,11 +240,7 @@ def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
     """The program."""
     try:
         flags, overrides = parse(arguments)
-        if platforms.computes_on_cpu():
-            platforms.keep_freed_memory()
-        flags.workdir.mkdir(parents=True, exist_ok=True)
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(flags.workdir / "compilation_cache")
-        keep_compiled_programs(cache)
+        prepare(flags.workdir)
         results = run_all(flags, overrides)
         text = report(results)
         (flags.workdir / "vlm_shapes.json").write_text(json.dumps(results, indent=1))

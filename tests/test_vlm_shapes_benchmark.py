@@ -13,6 +13,7 @@ import vlm_shapes as benchmark
 from vlm_jax.data.sources import ShapesConfig
 from vlm_jax.data.sources.shapes_chat import QUESTIONS
 
+ALONE = "--without_transformers"
 RESULTS: dict[str, Any] = {
     "runs": {run: {"steps": 10, "seconds": 90.0} for run in benchmark.RUNS},
     "asked": {"exact_match": 0.95, "exact_match/color": 0.9, "exact_match_blank": 0.2},
@@ -24,7 +25,7 @@ RESULTS: dict[str, Any] = {
 
 def test_each_run_begins_from_those_before_it() -> None:
     flags, overrides = benchmark.parse(
-        ["--workdir=there", "--budget=0.5", "--seed=3", "--config.optimizer.learning_rate=7e-4"]
+        ["--workdir=there", "--budget=0.5", "--seed=3", "--config.optimizer.learning_rate=7e-4", ALONE]
     )
     words, sight, stage1, stage2 = (benchmark.run_config(run, flags, overrides) for run in benchmark.RUNS)
     assert stage1.init_from.path == "there/words"
@@ -66,12 +67,13 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--budget=0"], "--budget=0.0 must be positive"),
         (["--config.data.batch_siz=2"], "batch_siz"),
     ):
-        assert benchmark.main([*arguments, f"--workdir={tmp_path / 'runs'}"]) == 2
+        assert benchmark.main([*arguments, ALONE, f"--workdir={tmp_path / 'runs'}"]) == 2
         assert words in capsys.readouterr().err
 
 
 def test_answers_of_the_exported_model(tmp_path: Path) -> None:
     """The tokens that transformers writes from the exported files are those that are written here."""
+    pytest.importorskip("transformers")
     flags, _ = benchmark.parse(["--quick", f"--workdir={tmp_path}"])
     config = benchmark.run_config("stage2", flags, {})
     config = dataclasses.replace(
@@ -85,6 +87,7 @@ def test_answers_of_the_exported_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_quick_run(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     arguments = ("--quick", f"--workdir={tmp_path}")
     assert command.benchmark("vlm_shapes", *arguments).count("--- ") == 4
     results = json.loads((tmp_path / "vlm_shapes.json").read_text())

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import transformers
 from safetensors.numpy import load_file, save_file
 
 import vlm_jax
@@ -63,12 +62,19 @@ def test_the_tokenizer_beside_the_weights_comes_along(folder: Path, tokenizer: T
     assert not (tmp_path / "back" / "preprocessor_config.json").exists()
     settings = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (settings["eos_token_id"], settings["dtype"]) == (tokenizer.eos_id, "float32")
+
+
+def test_an_export_puts_no_end_token_behind_a_prompt(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import_weights(folder, tmp_path / "ours")
+    export_weights(tmp_path / "ours", tmp_path / "back", family="hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     assert theirs(WORDS[1])["input_ids"] == prompt_ids(tokenizer, WORDS[1])
 
 
 def test_texts_that_go_on_get_no_end_token_in_transformers(tmp_path: Path) -> None:
     """A training's tokenizer may drop the end token of a text that is cut, which no prompt has."""
+    transformers = pytest.importorskip("transformers")
     ours = build_tokenizer(SentencePieceConfig(length=32, vocab_size=300, sticky_eos=False), WORDS)
     with pytest.raises(ConversionError, match="sticky_eos"):
         export_tokenizer(ours, tmp_path)
