@@ -59,7 +59,7 @@ def caption(text: str, rng: np.random.Generator) -> Conversation:
 
 
 def questions(rng: np.random.Generator, scene: Scene, kind: Kind, max_rounds: int) -> Conversation:
-    """From 1 to `max_rounds` questions about a scene, the last of them of `kind`, no kind twice."""
+    """From 1 to `max_rounds` questions about a scene, the last of them of `kind`, none twice."""
     return Conversation(_rounds(_asked(rng, scene, kind, max_rounds), 1), kind, True)
 
 
@@ -70,26 +70,32 @@ def described(rng: np.random.Generator, scene: Scene, text: str, max_rounds: int
 
 
 def _asked(rng: np.random.Generator, scene: Scene, last: Kind, max_rounds: int) -> list[tuple[str, str]]:
-    others = [kind for kind in ABOUT_ONE if kind != last]
-    count = min(int(rng.integers(1, max_rounds + 1)), len(ABOUT_ONE))
-    kinds = [*(others[i] for i in rng.permutation(len(others))[: count - 1]), last]
-    return [_question(rng, scene, kind) for kind in kinds]
+    final = _question(rng, scene, last)
+    others = [pair for kind in ABOUT_ONE for pair in _all_questions(scene, kind) if pair != final]
+    count = min(int(rng.integers(max_rounds)), len(others))
+    return [*(others[i] for i in rng.permutation(len(others))[:count]), final]
 
 
 def _question(rng: np.random.Generator, scene: Scene, kind: Kind) -> tuple[str, str]:
+    # Objects that all look alike can't be asked for by name; how many there are can always be asked.
+    pairs = _all_questions(scene, kind) or _all_questions(scene, "count")
+    return pairs[int(rng.integers(len(pairs)))]
+
+
+def _all_questions(scene: Scene, kind: Kind) -> list[tuple[str, str]]:
+    """Every question of a kind about one scene, with its answer."""
     if kind == "count":
-        return "How many objects are there?", NUMBERS[len(scene)]
-    item = scene[int(rng.integers(len(scene)))]
+        return [("How many objects are there?", NUMBERS[len(scene)])]
     if kind == "color":
-        return f"What colour is the object in the {item['position']}?", item["color"]
+        return [(f"What colour is the object in the {item['position']}?", item["color"]) for item in scene]
     if kind == "shape":
-        return f"What shape is the object in the {item['position']}?", item["shape"]
-    names = [_name(other) for other in scene]
-    single = [other for other, name in zip(scene, names, strict=True) if names.count(name) == 1]
-    if not single:  # they look alike, so that only one of all places can't be told from the other
-        return "How many objects are there?", NUMBERS[len(scene)]
-    item = single[int(rng.integers(len(single)))]
-    return f"Where is the {_name(item)}?", item["position"]
+        return [(f"What shape is the object in the {item['position']}?", item["shape"]) for item in scene]
+    names = [_name(item) for item in scene]
+    return [
+        (f"Where is the {name}?", item["position"])
+        for item, name in zip(scene, names, strict=True)
+        if names.count(name) == 1
+    ]
 
 
 def _name(item: dict[str, str]) -> str:
