@@ -8,6 +8,7 @@ Every run is a shipped recipe in its `:smoke` form with the tower, data and step
 loop itself. Beside the methods stand the same tower with random weights and one that learned from labels alone. Linear
 probe, attentive probe and k-NN judge the frozen tower; then it is fine-tuned on the labels. `--images` takes the place
 of `--data`: a folder per class, or `train` and `val` folders of such; without these every fifth image is held out.
+Digits and shapes are learned side by side, in two processes.
 A run has its own folder under the workdir: it is not made again, and one that was stopped goes on. Writes
 WORKDIR/self_supervised.json, .md and .png and pictures of reconstructions; `--docs` also writes them into docs/.
 `--quick` shows in a few minutes that it all works; its numbers mean nothing.
@@ -16,7 +17,9 @@ WORKDIR/self_supervised.json, .md and .png and pictures of reconstructions; `--d
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,9 +91,10 @@ class Scale:
     train_limit: int = 0  # images with labels that the probes see; 0: all
     probe_epochs: int = 30  # of the attentive probe
 
-    def for_patches(self, patches: int) -> "Scale":
-        """As many fewer steps as an image has more patches than 16: about the same time for all images."""
-        steps, tuning = (max(round(count * 16 / patches), 1) for count in (self.steps, self.tuning_steps))
+    def of(self, data: Data) -> "Scale":
+        """By the data's length, and as many fewer steps as an image has more patches than 16, for those cost more."""
+        factor = data.length * 16 / data.patches
+        steps, tuning = (max(round(count * factor), 1) for count in (self.steps, self.tuning_steps))
         return dataclasses.replace(self, steps=steps, tuning_steps=tuning)
 
 
@@ -130,16 +134,27 @@ def scale_of(flags: argparse.Namespace) -> Scale:
 
 
 def probes(data: Data, scale: Scale) -> tuple[EvalConfig, ...]:
-    """The evaluations of a frozen tower; all see the patches, for not every method trains a class token."""
+    """The evaluations of a frozen tower.
+
+    All see the patches, for not every method trains a class token, and every block, for what a classifier needs is not
+    with every method in the last one.
+    """
     sources: dict[str, Any] = {"limit": scale.limit, "train_source": data.labelled, "train_limit": scale.train_limit}
     lambdas = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
     training = ProbeTraining(
         learning_rates=(1e-3, 3e-3, 1e-2), weight_decays=(0.05,), epochs=scale.probe_epochs, batch_size=256
     )
     return (
-        LinearProbeConfig(data.name, data.test, features="mean", lambdas=lambdas, max_iterations=300, **sources),
-        AttentiveProbeConfig(data.name, data.test, training=training, heads=scale.width // 32, **sources),
-        KnnConfig(data.name, data.test, features="mean", **sources),
+        LinearProbeConfig(data.name, data.test, features="blocks", lambdas=lambdas, max_iterations=300, **sources),
+        AttentiveProbeConfig(
+            data.name,
+            data.test,
+            training=training,
+            heads=scale.width // 32,
+            layers=tuple(range(scale.depth)),
+            **sources,
+        ),
+        KnnConfig(data.name, data.test, features="blocks", **sources),
     )
 
 
@@ -316,6 +331,34 @@ def compare(
     return rows
 
 
+def make_runs(
+    kinds: Sequence[Data], methods: Sequence[str], scale: Scale, workdir: Path, common: Mapping[str, str]
+) -> None:
+    """Makes the runs of several kinds of images, each kind in a process of its own: towers this small leave cores idle.
+
+    Ends this program with the exit code of the first that does not succeed; a signal reaches them all.
+    """
+    several = multiprocessing.get_context("spawn")
+    processes = [
+        several.Process(target=make_runs_of, args=(data, methods, scale, workdir, common), daemon=True)
+        for data in kinds
+    ]
+    # Children that are daemons are stopped, and save, when this process exits: which a signal alone would not do.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode if process.exitcode > 0 else 1)
+
+
+def make_runs_of(data: Data, methods: Sequence[str], scale: Scale, workdir: Path, common: Mapping[str, str]) -> None:
+    """`compare` in a process of its own."""
+    prepare(workdir)
+    compare(data, methods, scale.of(data), workdir, common)
+
+
 def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
     """The program."""
     try:
@@ -324,9 +367,7 @@ def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
         prepare(workdir)
         kinds = [own(flags.images, workdir)] if flags.images else [built_in(name) for name in flags.data]
         kinds, common = kinds[: 1 if flags.quick else None], {"seed": flags.seed, **overrides}
-        results = {
-            data.name: compare(data, flags.methods, scale.for_patches(data.patches), workdir, common) for data in kinds
-        }
+        results = {data.name: compare(data, flags.methods, scale.of(data), workdir, common) for data in kinds}
         for name in results:
             join_pictures(workdir / name, flags.methods, workdir / f"self_supervised_{name}.png")
         report = "\n\n".join(table(name, rows) for name, rows in results.items())

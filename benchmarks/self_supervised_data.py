@@ -24,6 +24,7 @@ class Data:
         image_size: side in pixels.
         patch_size: side of a patch; there are 16 to 64 of them.
         augment: the random view of all training.
+        length: factor on the steps of all training.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Data:
     image_size: int
     patch_size: int
     augment: AugmentConfig
+    length: float = 1.0
 
     @property
     def patches(self) -> int:
@@ -46,13 +48,16 @@ class Data:
 
 
 def built_in(name: str) -> Data:
-    """Scanned digits, all with labels; or drawn shapes, of which a few have one."""
+    """Scanned digits, all with labels; or drawn shapes, of which a few have one.
+
+    Without the noise shapes would tell nothing of a method: eight numbers describe one, and random features give them.
+    """
     if name == "digits":
         train, test = DigitsConfig(split="train"), DigitsConfig(split="test")
         return Data(name, train, train, test, 16, 4, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25)))
-    drawn = ShapesConfig(image_size=32, count=8000, max_objects=1, cells=1)
+    drawn = ShapesConfig(image_size=32, count=8000, max_objects=1, cells=1, noise=0.2)
     labelled, test = dataclasses.replace(drawn, count=1440), dataclasses.replace(drawn, split="test", count=480)
-    return Data(name, drawn, labelled, test, 32, 8, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25), flip=0.5))
+    return Data(name, drawn, labelled, test, 32, 8, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25), flip=0.5), 2.0)
 
 
 def own(folder: str, workdir: Path) -> Data:

@@ -52,8 +52,10 @@ SMOKE = {
 
 def get_config(name: str = "") -> Config:
     model = AlbefModelConfig(
-        # A patch is a cell of the scenes' 3 x 3 grid.
-        image=override(deit_b16(48), {**SIZES, "patch_size": 16, "depth": 3, "init": "mae"}),
+        # A patch is a cell of the scenes' 3 x 3 grid, and its place as plain as what stands there.
+        image=override(
+            deit_b16(48), {**SIZES, "patch_size": 16, "depth": 3, "init": "mae", "pos_embed": "sincos_learned"}
+        ),
         text=TextEncoderConfig(**SIZES, vocab_size=VOCABULARY, positions=LENGTH, depth=2, **XAVIER, **NO_DROPOUT),
         fusion=TextStackConfig(**SIZES, depth=2, cross_every=1, **XAVIER, **NO_DROPOUT),
         embed_dim=64,

@@ -54,6 +54,8 @@ def test_what_probes_see(model: Any) -> None:
     np.testing.assert_allclose(encoder.image_tokens(params, IMAGES, ()), tokens[:, 1:], atol=1e-5)
     for which, vectors in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(axis=1)), ("pooled", named["pooled"])):
         np.testing.assert_allclose(encoder.image_vectors(params, IMAGES, which), vectors, atol=1e-5)
+    means = np.concatenate([block[:, 1:].mean(axis=1) for block in blocks], axis=1)
+    np.testing.assert_allclose(encoder.image_vectors(params, IMAGES, "blocks"), means, atol=1e-5)
 
 
 def test_linear_probes_learn_and_the_better_rate_is_chosen(model: Any) -> None:

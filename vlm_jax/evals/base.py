@@ -16,7 +16,7 @@ from vlm_jax.data.images import AugmentConfig
 from vlm_jax.data.sources import Record, Source, SourceConfig, source_at
 from vlm_jax.evals.benchmark_json import BenchmarkEntry
 
-Vectors = Literal["pooled", "embedding", "cls", "mean"]
+Vectors = Literal["pooled", "embedding", "cls", "mean", "blocks"]
 """Which vector of an image: before the projection into the joint space, or after it; of a tower alone also the class
 token, or the mean of the patches."""
 

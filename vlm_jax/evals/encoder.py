@@ -92,7 +92,7 @@ class MeshEncoder:
 
     def image_vectors(self, params: Any, images_BxHxWx3: jax.Array, which: Vectors) -> jax.Array:
         """uint8 [B, H, W, 3] -> [B, D]; raises `ConfigError` for a vector that the model doesn't have."""
-        if which in ("cls", "mean") and not self.offers("image_tokens"):
+        if which in ("cls", "mean", "blocks") and not self.offers("image_tokens"):
             raise ConfigError(f"features = {which!r} is for models of images alone; use 'pooled' or 'embedding'")
         with jax.set_mesh(self._mesh):
             return self._vectors(params, images_BxHxWx3, which)

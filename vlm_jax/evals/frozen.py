@@ -57,8 +57,9 @@ class FrozenConfig(TransferConfig):
     """Family of the classifiers on one vector of an image."""
 
     # Vector of an image: "pooled", before the projection into the joint space (as in the CLIP paper), or "embedding",
-    # after it; not normalised. Towers of methods on images alone also give "cls", the class token, and "mean", that of
-    # the patches, whichever of them they pool.
+    # after it; not normalised. Towers of methods on images alone also give "cls", the class token, "mean", that of the
+    # patches, whichever of them they pool, and "blocks", the means of the patches after each block, one after the other
+    # (what a method learns need not be readiest in the last block: BEiT and AIM are probed in others).
     features: Vectors = "pooled"
 
 

@@ -187,7 +187,8 @@ class ModelObjective(Objective):
             params: of the model.
             images: the images.
             which: "pooled", before the projection (CLIP's linear probes), or "embedding", after it; not normalised.
-                Methods on images alone also give "cls", the class token, and "mean", the mean of the patches.
+                Methods on images alone also give "cls", the class token, "mean", the mean of the patches, and "blocks",
+                those means after each block, D = blocks x width.
 
         Raises:
             ConfigError: the tower has no such vector.

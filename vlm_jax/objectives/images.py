@@ -97,6 +97,8 @@ class ImageObjective(ModelObjective):
 
     def image_vectors(self, params: Any, images: jax.Array, which: str) -> jax.Array:
         """See the base; there is no joint space, so "pooled" and "embedding" are both the tower's pooled vector."""
+        if which == "blocks":
+            return self._block_means(params, images)
         named = self.encode(params, images)
         if which not in ("cls", "mean"):
             return self._vector(named)
@@ -104,6 +106,14 @@ class ImageObjective(ModelObjective):
             self._check_class_token("features = 'cls'")
             return named["tokens"][:, 0].astype(jnp.float32)
         return self._patches(named["tokens"]).mean(axis=1)
+
+    def _block_means(self, params: Any, images: jax.Array) -> jax.Array:
+        """[B, blocks x D]: the mean of the patches after each block."""
+        if not self.image_tower.block_count:
+            raise ConfigError("features = 'blocks': this image tower has no blocks of equal outputs; use 'mean'")
+        blocks_LxBxTxD = self.encode(params, images, intermediates=True)["blocks"]
+        means = jnp.stack([self._patches(block).mean(axis=1) for block in blocks_LxBxTxD], axis=1)
+        return means.reshape(means.shape[0], -1)
 
     def image_tokens(self, params: Any, images: jax.Array, layers: tuple[int, ...]) -> jax.Array:
         """See the base; raises `ConfigError` for a block that the tower doesn't have."""

@@ -89,6 +89,21 @@ def test_a_close_up_is_one_object_three_times_as_large():
         assert np.mean(found[1]) == pytest.approx(9 * np.mean(found[9]), rel=0.3)
 
 
+def test_noise_has_its_spread_and_is_a_record_s_own():
+    """Around the same picture, the same each time, another in each record; conversations show it too."""
+    plain, noisy = (ShapesConfig(count=20, image_size=64, cells=1, max_objects=1, noise=n).build("") for n in (0, 0.1))
+    apart = [noisy[i]["image"].astype(float) - plain[i]["image"] for i in range(20)]
+    object_pixels = [(plain[i]["image"] > 40) & (plain[i]["image"] < 215) for i in range(20)]  # far from both ends
+    spread = np.concatenate([difference[inside] for difference, inside in zip(apart, object_pixels, strict=True)])
+    assert spread.std() == pytest.approx(25.5, rel=0.05) and abs(spread.mean()) < 1
+    np.testing.assert_array_equal(noisy[3]["image"], noisy[3]["image"])
+    assert abs(np.corrcoef(apart[0].ravel(), apart[1].ravel())[0, 1]) < 0.05
+    asked, clean = chats(noise=0.1), chats()
+    assert asked[0]["turns"] == clean[0]["turns"]
+    shown = next(i for i in range(20) if clean[i]["images"])
+    assert (asked[shown]["images"][0].load() != clean[shown]["images"][0].load()).mean() > 0.5
+
+
 def test_shapes_differ_from_each_other():
     from PIL import Image, ImageDraw
 
@@ -111,13 +126,14 @@ def test_impossible_scenes_are_refused():
         (ShapesConfig(image_size=8), "image_size"),
         (ShapesConfig(min_objects=4), "min_objects"),
         (ShapesConfig(max_objects=10), "min_objects"),
+        (ShapesConfig(noise=2.0), "noise"),
     ):
         with pytest.raises(ConfigError, match=f"source.{key} "):
             schema.validate(config, "config.data.source")
 
 
 def chats(**options):
-    return ShapesConfig(conversations=KINDS, **{"count": 600, "image_size": 48, **options}).build("")
+    return ShapesConfig(**{"conversations": KINDS, "count": 600, "image_size": 48, **options}).build("")
 
 
 def test_conversations_are_a_pure_function_of_seed_split_and_index():
@@ -193,6 +209,16 @@ def test_answers_are_what_the_pictures_show():
         else:
             assert answer == ShapesConfig(count=400).build("").texts(index)[0]
     assert min(asked.values()) > 20
+
+
+def test_a_conversation_asks_nothing_twice_and_many_things():
+    source, lengths = chats(max_rounds=8, conversations=("color", "shape", "position", "count")), set()
+    for index in range(300):
+        record = source[index]
+        asked = [turn.text.replace("<image>", "").strip() for turn in record["turns"] if turn.role == "user"]
+        assert len(set(asked)) == len(asked) <= min(8, 3 * 3 + 1)
+        lengths.add(len(asked))
+    assert lengths == set(range(1, 9))
 
 
 def test_answers_cannot_be_guessed_from_the_questions():

@@ -56,9 +56,11 @@ class ShapesConfig(SourceConfig):
     max_objects: int = 3
     # places for objects: 9, the grid, or 1, the whole image, whose object is three times as large
     cells: Literal[1, 9] = 9
+    # spread of the noise in each pixel and channel, as a part of the range from black to white
+    noise: float = 0.0
     # seed of the scenes; not the run's seed, which orders them
     seed: int = 0
-    # kinds of conversations about the scenes, each as likely as every other; empty: captions without conversation
+    # kinds of conversations about the scenes, each as often as it stands here; empty: captions without conversation
     conversations: tuple[Kind, ...] = ()
     # questions in a conversation about one scene: from 1 to this many
     max_rounds: int = 1
@@ -73,6 +75,8 @@ class ShapesConfig(SourceConfig):
             yield "count", f"= {self.count} leaves no record; use 1 or more"
         if self.image_size < 16:
             yield "image_size", f"= {self.image_size} is too small to tell the shapes apart; use 16 or more"
+        if not 0 <= self.noise <= 1:
+            yield "noise", f"= {self.noise} must be from 0, none, to 1"
         if self.max_rounds < 1:
             yield "max_rounds", f"= {self.max_rounds} leaves no question; use 1 or more"
         if "more" in self.conversations and self.min_objects == self.max_objects:
@@ -120,7 +124,7 @@ class ShapesSource:
         if self.config.conversations:
             return self._chat(index)
         rng, scene = self._scene(index)
-        image, boxes = _draw(scene, self.config.image_size, 3.0 if self.config.cells == 1 else 1.0, rng)
+        image, boxes = self._draw(scene, rng)
         record: Record = {
             "image": image,
             "texts": self._texts(scene),
@@ -152,7 +156,7 @@ class ShapesSource:
     def picture(self, index: int) -> np.ndarray:
         """The image of a record, uint8 [image_size, image_size, 3]."""
         rng, scene = self._scene(index)
-        return _draw(scene, self.config.image_size, 1.0, rng)[0]
+        return self._draw(scene, rng)[0]
 
     def _chat(self, index: int) -> Record:
         conversation, size = self._conversation(index), self.config.image_size
@@ -191,7 +195,16 @@ class ShapesSource:
         return shapes_chat.questions(rng, scene, kind, config.max_rounds)
 
     def _draw_other(self, scene: Scene, index: int, number: int) -> np.ndarray:
-        return _draw(scene, self.config.image_size, 1.0, self._rng(index, 2 + number))[0]
+        return self._draw(scene, self._rng(index, 2 + number))[0]
+
+    def _draw(self, scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(image, boxes of its objects)."""
+        config = self.config
+        image, boxes = _draw(scene, config.image_size, 3.0 if config.cells == 1 else 1.0, rng)
+        if config.noise:
+            noise = rng.normal(scale=255 * config.noise, size=image.shape)
+            image = np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
+        return image, boxes
 
     def _rng(self, index: int, stream: int) -> np.random.Generator:
         """Further randomness of a record; stream 0 is that of its scene."""
