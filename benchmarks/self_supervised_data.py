@@ -55,7 +55,7 @@ def built_in(name: str) -> Data:
     if name == "digits":
         train, test = DigitsConfig(split="train"), DigitsConfig(split="test")
         return Data(name, train, train, test, 16, 4, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25)))
-    drawn = ShapesConfig(image_size=32, count=8000, max_objects=1, cells=1, noise=0.2)
+    drawn = ShapesConfig(image_size=32, count=8000, max_objects=1, cells=1, noise=0.3)
     labelled, test = dataclasses.replace(drawn, count=1440), dataclasses.replace(drawn, split="test", count=480)
     return Data(name, drawn, labelled, test, 32, 8, AugmentConfig(scale=(0.6, 1.0), ratio=(0.8, 1.25), flip=0.5), 2.0)
 
