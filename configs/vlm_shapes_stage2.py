@@ -26,7 +26,7 @@ def get_config(name: str = "") -> Config:
         template="paligemma", tiling=SquareTiling(fit="crop"), row_length=224, max_tiles=7, packing="tight"
     )
     source = ShapesConfig(image_size=48, count=100_000, seed=2, conversations=LEARNED, max_rounds=8)
-    config = STAGE_1.recipe("vlm_shapes_stage2", chat, source, QUESTIONS, batch=12, steps=2400, rate=2e-3)
+    config = STAGE_1.recipe("vlm_shapes_stage2", chat, source, QUESTIONS, batch=12, steps=3600, rate=2e-3)
     # A projector as fast as the decoder forgets what this can't use yet, first of all the places of the objects.
     slow = {"parts.projector.lr": 0.1}
     config = override(config, {**slow, "init_from": InitFrom(path="runs/vlm_shapes_stage1", tokenizer=True)})
