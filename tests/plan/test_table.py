@@ -43,3 +43,13 @@ def test_rows_are_written_as_they_are_planned(monkeypatch: pytest.MonkeyPatch, t
     assert len(compiler.compiled) == len(table.PLANS)
     assert file.read_text().count("\n| `") == len(table.PLANS)
     assert "| `clip_l14.py` --config.data.batch_size=65536 |" in file.read_text()
+    # Planned anew, as by another version: what is not planned yet keeps the row that it has.
+    written = file.read_text()
+    row = next(line for line in written.splitlines() if "v6e:16x16" in line)
+    changed = written.replace(row, row.rsplit(" | ", 1)[0] + " | of before |")
+    file.write_text(changed)
+    compiler.compiled.clear()
+    stop_at(1)
+    with pytest.raises(KeyboardInterrupt):
+        table.write(PlanCache(tmp_path / "other.jsonl"), file, command.ROOT / "configs")
+    assert file.read_text() == changed

@@ -59,19 +59,32 @@ data sheet and no measurement. How to read them: [planning.md](planning.md).
 def write(cache: PlanCache, path: Path, configs: Path) -> None:
     """Plans every row, from the cache where it was planned before, and writes the table after each.
 
+    A row that the file has already stays until it is planned again, so that a night that ends early loses none.
+
     Args:
         cache: of plans.
         path: of the Markdown file.
         configs: folder of the config files.
     """
-    rows = []
-    for name, shape, slices, overrides in PLANS:
+    rows = _rows_of(path)
+    keys = [
+        (f"`{name}` {flags_text(overrides)}".strip(), str(parse_topology(shape, slices)))
+        for name, shape, slices, overrides in PLANS
+    ]
+    for key, (name, shape, slices, overrides) in zip(keys, PLANS, strict=True):
         topology, config = parse_topology(shape, slices), load_config(str(configs / name), overrides)
         plan = cache.get(config, topology)
         if plan is None:
             print(f"planning {name} on {topology}", file=sys.stderr, flush=True)
             plan = to_json(make_plan(config, topology))
             cache.put(config, topology, plan)
-        rows.append((f"`{name}` {flags_text(overrides)}".strip(), *table_row(plan)[1:]))
-        lines = [TABLE_HEAD, ("---",) * len(TABLE_HEAD), *rows]
+        rows[key] = (*key, *table_row(plan)[2:])
+        lines = [TABLE_HEAD, ("---",) * len(TABLE_HEAD), *(rows[key] for key in keys if key in rows)]
         path.write_text(_HEADER + "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+
+
+def _rows_of(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The rows of a table that was written before, by config and topology."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    cells = [tuple(line.removeprefix("| ").removesuffix(" |").split(" | ")) for line in lines if line.startswith("| `")]
+    return {(row[0], row[1]): row for row in cells if len(row) == len(TABLE_HEAD)}
