@@ -14,6 +14,7 @@ RECIPE = config_module(Path(__file__).with_name("clip_l14.py"))
 
 
 def get_config(name: str = "") -> Config:
-    changes = {"objective.model": CLIP["ViT-B/16"], "optimizer.learning_rate": 5e-4}
+    model = override(CLIP["ViT-B/16"], {"image.remat": "auto", "text.remat": "auto"})
+    changes = {"objective.model": model, "optimizer.learning_rate": 5e-4}
     config = override(dataclasses.replace(RECIPE.get_config(), name="clip_b16"), changes)
     return variant(config, name, {"smoke": RECIPE.SMOKE})

@@ -31,6 +31,7 @@ TINY = {
 
 
 def get_config(name: str = "") -> Config:
-    changes = {"objective.model": CLIP["ViT-B/32"], "optimizer.learning_rate": 5e-4}
+    model = override(CLIP["ViT-B/32"], {"image.remat": "auto", "text.remat": "auto"})
+    changes = {"objective.model": model, "optimizer.learning_rate": 5e-4}
     config = override(dataclasses.replace(RECIPE.get_config(), name="clip_b32"), changes)
     return variant(config, name, {"smoke": RECIPE.SMOKE, "tiny": TINY})

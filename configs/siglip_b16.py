@@ -23,6 +23,7 @@ from vlm_jax.objectives.siglip import SiglipConfig
 from vlm_jax.optim import Adafactor
 from vlm_jax.parts import Part
 from vlm_jax.schedule import Cosine
+from vlm_jax.schema import override
 
 PAIRS, BATCH = 40_000_000_000, 32_768
 # Only the kernels of matrices decay.
@@ -40,9 +41,10 @@ SMOKE = {
 
 
 def get_config(name: str = "") -> Config:
+    model = override(SIGLIP["SigLIP-B/16"], {"image.remat": "auto", "text.remat": "auto"})
     config = Config(
         name="siglip_b16",
-        objective=SiglipConfig(model=SIGLIP["SigLIP-B/16"], loss="gather"),
+        objective=SiglipConfig(model=model, loss="gather"),
         data=DataConfig(
             source=TarConfig(),
             batch_size=BATCH,
