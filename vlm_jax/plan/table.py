@@ -60,7 +60,7 @@ PLANS: tuple[tuple[str, str, int, dict[str, str]], ...] = (
     ("llava15_7b_lora.py", "v5e:8x8", 1, {}),
     ("llava15_13b_stage2.py", "v5e:8x16", 1, {}),
     ("nanovlm_222m.py", "v5e:4x4", 1, {}),
-    ("nanovlm_460m.py", "v5e:4x4", 1, {}),
+    ("nanovlm_460m.py", "v5e:8x8", 1, {}),
     ("paligemma_3b_224.py", "v5e:16x16", 1, {}),
     ("paligemma_3b_448.py", "v5e:16x16", 1, {}),
     ("albef_4m.py", "v5e:4x4", 1, {}),
