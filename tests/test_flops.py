@@ -99,6 +99,34 @@ def test_counting_of_shard_map_cond_and_while():
         flops.count_dot_flops(looping, jnp.zeros((3, 3)))
 
 
+@pytest.mark.parametrize(("stride", "pad", "spread", "groups"), [(1, 1, 1, 1), (2, 1, 1, 2), (2, 3, 2, 1)])
+def test_a_convolution_and_its_gradients_multiply_the_same_data(stride: int, pad: int, spread: int, groups: int):
+    """Without padding the three products of training are equal, and equal to a loop over what meets."""
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, 1),
+            ((pad, pad), (0, 0)),
+            rhs_dilation=(spread, 1),
+            feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    inputs = jnp.zeros((5, 9, 4, 6)), jnp.zeros((3, 2, 6 // groups, 4))
+    rows = convolve(*inputs).shape[1]
+    meetings = sum(0 <= row * stride - pad + element * spread < 9 for row in range(rows) for element in range(3))
+    once = 2 * 5 * (meetings * 3 * 2) * (6 // groups) * 4
+    assert flops.count_dot_flops(convolve, *inputs, padding=False) == once
+    assert flops.count_dot_flops(convolve, *inputs) == 2 * 5 * (rows * 3 * 3 * 2) * (6 // groups) * 4
+
+    def loss(x, kernel):
+        return (convolve(x, kernel) ** 2).sum()  # the square's gradient needs the forward product
+
+    assert flops.count_dot_flops(jax.grad(loss, argnums=(0, 1)), *inputs, padding=False) == 3 * once
+
+
 def test_grouped_convolution_counts_its_own_channels_only():
     def depthwise(x, kernel):
         return jax.lax.conv_general_dilated(

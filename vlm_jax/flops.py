@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.extend import core as jax_core
 
 # Dense bf16 FLOP/s by `device_kind`, the vendors' figures (without structured sparsity), for what JAX calls one device:
@@ -185,7 +186,7 @@ def decoder_flops(
     return depth * (2 * tokens * width * projections + attention) + 2 * tokens * width * vocab_size
 
 
-def count_dot_flops(function: Callable[..., Any], *arguments: Any) -> int:
+def count_dot_flops(function: Callable[..., Any], *arguments: Any, padding: bool = True) -> int:
     """Counts the FLOPs of all matrix products and convolutions of `function` from its jaxpr, without running it.
 
     The independent check of the closed forms above, and the count for a function that has none. Scans count once an
@@ -195,34 +196,71 @@ def count_dot_flops(function: Callable[..., Any], *arguments: Any) -> int:
     Args:
         function: traced with `jax.make_jaxpr`.
         *arguments: arrays or `jax.ShapeDtypeStruct`s.
+        padding: whether a convolution's products with its padding count, as in papers; else only those with data.
 
     Raises:
         ValueError: a `while` loop holds matrix products: how often they run is not known before they run.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _jaxpr_flops(jax.make_jaxpr(function)(*arguments).jaxpr, padding)
 
 
-def _jaxpr_flops(jaxpr: jax_core.Jaxpr) -> int:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+def window_meetings(n: int, size: int, positions: int, *, stride: int, pad: int, holes: int, spread: int) -> int:
+    """Pairs (output position, kernel element) of one axis of a convolution that meet data.
+
+    Args:
+        n: inputs.
+        size: elements of the kernel.
+        positions: outputs.
+        stride: of the window.
+        pad: padding before the first input; negative cuts inputs off.
+        holes: distance of two neighbouring inputs (`lhs_dilation`); there is nothing between them.
+        spread: distance of two neighbouring elements of the kernel (`rhs_dilation`).
+    """
+    start = np.arange(positions, dtype=np.int64) * stride - pad
+    places = start[:, None] + np.arange(size, dtype=np.int64) * spread
+    return int(np.count_nonzero((places >= 0) & (places <= (n - 1) * holes) & (places % holes == 0)))
 
 
-def _equation_flops(equation: jax_core.JaxprEqn) -> int:
+def _jaxpr_flops(jaxpr: jax_core.Jaxpr, padding: bool) -> int:
+    return sum(_equation_flops(equation, padding) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: jax_core.JaxprEqn, padding: bool) -> int:
     name, parameters = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracting, _), _ = parameters["dimension_numbers"]
         left = _shape(equation.invars[0])
         return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracting)
     if name == "conv_general_dilated":
-        kernel = _shape(equation.invars[1])
-        out_features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
-        return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // out_features
-    inner = [_jaxpr_flops(jaxpr) for jaxpr in inner_jaxprs(parameters)]
+        return _convolution_flops(equation, padding)
+    inner = [_jaxpr_flops(jaxpr, padding) for jaxpr in inner_jaxprs(parameters)]
     if name == "while" and any(inner):
         raise ValueError("A `while` loop with matrix products has no known FLOP count; write it as a `scan`.")
     if name == "cond":
         return max(inner)
     repeats = {"scan": lambda: parameters["length"], "shard_map": lambda: parameters["mesh"].size}
     return sum(inner) * (repeats[name]() if name in repeats else 1)
+
+
+def _convolution_flops(equation: jax_core.JaxprEqn, padding: bool) -> int:
+    parameters = equation.params
+    left, kernel, out = (_shape(variable) for variable in (*equation.invars, *equation.outvars))
+    left_spec, kernel_spec, out_spec = parameters["dimension_numbers"]
+    if padding:
+        return 2 * math.prod(out) * math.prod(kernel) // kernel[kernel_spec[0]]
+    products = left[left_spec[0]] * left[left_spec[1]] * kernel[kernel_spec[0]]
+    products //= parameters["feature_group_count"] * parameters["batch_group_count"]
+    for axis, (low, _) in enumerate(parameters["padding"]):
+        products *= window_meetings(
+            left[left_spec[2 + axis]],
+            kernel[kernel_spec[2 + axis]],
+            out[out_spec[2 + axis]],
+            stride=parameters["window_strides"][axis],
+            pad=low,
+            holes=parameters["lhs_dilation"][axis],
+            spread=parameters["rhs_dilation"][axis],
+        )
+    return 2 * products
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

@@ -37,14 +37,17 @@ def step_flops(program: Program, phase: int) -> float | None:
 
 
 def counted_flops(program: Program, phase: int) -> tuple[int | None, str]:
-    """(FLOPs of loss and gradients on the global batch, counted in their jaxpr; why they can't be)."""
+    """(FLOPs of loss and gradients on the global batch, counted in their jaxpr; why they can't be).
+
+    Without what convolutions multiply with their padding, which compilers leave out.
+    """
     try:
-        return _counted(program, program.methods[phase], program.config.data.batch_size, frozen=True), ""
+        return _counted(program, program.methods[phase], program.config.data.batch_size, frozen=True, padding=False), ""
     except ValueError as error:
         return None, str(error)
 
 
-def _counted(program: Program, method: ObjectiveConfig, rows: int, frozen: bool) -> int:
+def _counted(program: Program, method: ObjectiveConfig, rows: int, *, frozen: bool, padding: bool = True) -> int:
     """FLOPs of loss and gradients on `rows` rows: of the live parameters, or with `frozen` false of all."""
     config = program.config
     changes = {
@@ -64,7 +67,7 @@ def _counted(program: Program, method: ObjectiveConfig, rows: int, frozen: bool)
     def loss(live: Any, extra: Any, batch: Any, keys: Any, step: Any, fixed: Any) -> Any:
         return built.loss(merge(live, fixed), extra, batch, keys, step)[0][0]
 
-    return count_dot_flops(jax.grad(loss), live, extra, batch, keys, step, fixed)
+    return count_dot_flops(jax.grad(loss), live, extra, batch, keys, step, fixed, padding=padding)
 
 
 def _without_shardings(tree: Any) -> Any:

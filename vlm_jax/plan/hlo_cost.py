@@ -8,8 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
+from vlm_jax.flops import window_meetings
 from vlm_jax.plan.hlo import WATCHED, Computation, HloError, Instruction, Module
 from vlm_jax.plan.kernels import kernel_flops
 from vlm_jax.plan.loops import Known, Scalars, loop_invariants, trip_count
@@ -177,7 +176,15 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> in
         n, size, positions = left[left_labels.index(label)], sizes["size"], out[out_labels.index(label)]
         if kernel[kernel_labels.index(label)] != size:
             raise HloError(f"the window of the convolution {instruction.name} is not its kernel's size")
-        fmas *= _meetings(n, size, positions, sizes)
+        fmas *= window_meetings(
+            n,
+            size,
+            positions,
+            stride=sizes["stride"],
+            pad=sizes["pad"],
+            holes=sizes["lhs_dilate"],
+            spread=sizes["rhs_dilate"],
+        )
     return 2 * fmas
 
 
@@ -192,13 +199,3 @@ def _window(text: str, rank: int) -> list[dict[str, int]]:
     for axis, sizes in enumerate(window):
         sizes["pad"] = int(fields["pad"][axis].split("_")[0]) if "pad" in fields else 0
     return window
-
-
-def _meetings(n: int, size: int, positions: int, window: Mapping[str, int]) -> int:
-    """Pairs (output position, kernel element) that meet one of `n` inputs, not padding or a hole between them."""
-    start = np.arange(positions, dtype=np.int64) * window["stride"] - window["pad"]
-    dilation, total = window["lhs_dilate"], 0
-    for element in range(size):
-        place = start + element * window["rhs_dilate"]
-        total += int(np.count_nonzero((place >= 0) & (place <= (n - 1) * dilation) & (place % dilation == 0)))
-    return total
