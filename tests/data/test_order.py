@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from vlm_jax.data.order import example_rng, record_index, substitute
+from vlm_jax.data.order import Epochs, example_rng, record_index, substitute
 
 GOLDEN_ORDER = [6, 5, 4, 0, 2, 8, 1, 3, 7, 9]
 GOLDEN_FAR = [38, 1288, 44, 730, 945]
@@ -51,6 +51,22 @@ def test_order_is_shuffled_like_a_random_permutation():
     assert np.sum(np.abs(np.diff(order)) == 1) < 12  # expected: 2
     halves = np.sum(order[: length // 2] < length // 2)
     assert abs(halves - length / 4) < 5 * math.sqrt(length) / 4
+
+
+@pytest.mark.parametrize(("length", "block"), [(12, 3), (1001, 4), (7, 7), (5, 8), (30, 1)])
+def test_blocks_of_neighbours_stay_together_and_are_shuffled(length: int, block: int):
+    order, seen = Epochs(length, 3, block), set()
+    for epoch in range(3):
+        indices = [order.index(epoch * length + place) for place in range(length)]
+        assert sorted(indices) == list(range(length))
+        whole = length // block * block
+        blocks = np.reshape(indices[:whole], (-1, block))
+        assert (blocks == blocks[:, :1] + np.arange(block)).all() and (blocks[:, 0] % block == 0).all()
+        assert indices[whole:] == list(range(whole, length))
+        seen.add(tuple(indices))
+    assert len(seen) == (3 if length > 2 * block else 1)
+    if block == 1:
+        assert indices == [record_index(2 * length + place, length, 3) for place in range(length)]
 
 
 def test_an_empty_source_is_an_error():

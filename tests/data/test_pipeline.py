@@ -22,7 +22,7 @@ from vlm_jax.data.examples import ClipExamples, LabelledImages
 from vlm_jax.data.images import AugmentConfig, PreprocessConfig
 from vlm_jax.data.pipeline import DataConfig, TrainLoader, eval_batches
 from vlm_jax.data.rows import TrainRows
-from vlm_jax.data.sources import BadRecord, CsvConfig, DigitsConfig, TarConfig
+from vlm_jax.data.sources import BadRecord, CsvConfig, DigitsConfig, ShapesConfig, TarConfig
 from vlm_jax.data.text import SentencePieceConfig, build_tokenizer
 from vlm_jax.schema import ConfigError
 
@@ -91,6 +91,26 @@ def test_stream_does_not_depend_on_mesh_batch_threads_or_where_it_is_cut(make):
     other = take(make, 4, batch=48)[0]
     for key, value in flat.items():
         np.testing.assert_array_equal(np.concatenate([batch[key] for batch in other]), value)
+
+
+def test_blocks_of_neighbours_come_in_one_batch():
+    source = ShapesConfig(count=64, image_size=16).build("")
+    blocks, _ = take(_index_of, 4, source=source, shuffle_block=8)
+    first = [batch["index"].reshape(-1, 8)[:, 0] for batch in blocks]
+    for batch, starts in zip(blocks, first, strict=True):
+        np.testing.assert_array_equal(batch["index"].reshape(-1, 8), starts[:, None] + np.arange(8))
+    for epoch in (np.concatenate(first[:2]), np.concatenate(first[2:])):
+        assert sorted(epoch) == list(range(0, 64, 8)) != list(epoch)
+    assert_same(take(_index_of, 1, 3 * BATCH, mesh_of(8), source=source, shuffle_block=8, threads=1)[0], blocks[3:])
+    with pytest.raises(ConfigError, match="shuffle_block = 5 does not divide batch_size = 32"):
+        schema.validate(DataConfig(batch_size=BATCH, shuffle_block=5), "config.data")
+    packed = type("Packed", (), {"rows": take, "__call__": take})()
+    with pytest.raises(ConfigError, match="shuffle_block = 8 is for rows of one record each"):
+        take(packed, 1, source=source, shuffle_block=8)
+
+
+def _index_of(record, rng):
+    return {"index": np.int32(record["key"].split("-")[1])}
 
 
 def test_worker_processes_give_the_same_stream_and_may_change_on_resume(make):
@@ -204,7 +224,7 @@ def test_data_config_picks_the_source(tmp_path):
     assert config.augment is None
     assert schema.from_dict(DataConfig, schema.to_dict(config)) == config
     assert len(dataclasses.replace(config, path="").build_source("")) == 1442
-    for key in ("batch_size", "threads", "prefetch", "workers", "bad_record_budget"):
+    for key in ("batch_size", "shuffle_block", "threads", "prefetch", "workers", "bad_record_budget"):
         with pytest.raises(ConfigError, match=f"config.data.{key} = -1"):
             schema.validate(dataclasses.replace(config, **{key: -1}), "config.data")
 

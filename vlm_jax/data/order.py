@@ -74,14 +74,27 @@ class Order(Protocol):
 
 
 class Epochs:
-    """One source after another time through itself, each epoch in an order of its own."""
+    """One source time after time, each epoch in an order of its own: of its records, or of blocks of neighbours.
 
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed = length, seed
+    Args:
+        length: number of records.
+        seed: any integer.
+        block: records that stay together and in their order; those that fill no block end the epoch.
+    """
+
+    def __init__(self, length: int, seed: int, block: int = 1):
+        self.length, self.seed, self.block = length, seed, block
 
     def index(self, position: int) -> int:
         """See `record_index`."""
-        return record_index(position, self.length, self.seed)
+        if self.block == 1 or self.length == 0:  # which is an error
+            return record_index(position, self.length, self.seed)
+        blocks = self.length // self.block
+        epoch, place = divmod(position, self.length)
+        if place >= blocks * self.block:
+            return place
+        number, offset = divmod(place, self.block)
+        return self.block * record_index(epoch * blocks + number, blocks, self.seed) + offset
 
     def substitute(self, position: int, attempt: int) -> int:
         """See `substitute`."""

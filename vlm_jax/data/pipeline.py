@@ -20,7 +20,7 @@ from vlm_jax.data.bad_records import BadRecordAccount, Failure
 from vlm_jax.data.chat_config import ChatConfig
 from vlm_jax.data.examples import Example, MakeExample
 from vlm_jax.data.images import AugmentConfig, PreprocessConfig
-from vlm_jax.data.rows import EvalRows, HostBatch, MakesRows, Schedule, TrainRows, host_batches
+from vlm_jax.data.rows import EvalRows, HostBatch, MakesRows, Schedule, TrainRows, host_batches, order_of
 from vlm_jax.data.sources import DigitsConfig, Source, SourceConfig, source_at
 from vlm_jax.data.text import ClipBpeConfig, TokenizerConfig
 from vlm_jax.mesh import batch_sharding
@@ -41,6 +41,9 @@ class DataConfig:
     path: str = ""
     # rows of the global batch
     batch_size: int = 256
+    # neighbouring records of the source that stay together in the shuffled order and so in a batch, as near-duplicates
+    # that are each other's hard negatives; 1 shuffles records
+    shuffle_block: int = 1
     # evaluation view, and the normalisation on the chip
     preprocess: PreprocessConfig = dataclasses.field(default_factory=PreprocessConfig)
     # random view of training; None trains on the evaluation view
@@ -62,6 +65,7 @@ class DataConfig:
         """Numbers out of range."""
         for key, least in (
             ("batch_size", 1),
+            ("shuffle_block", 1),
             ("workers", 0),
             ("threads", 1),
             ("prefetch", 1),
@@ -69,6 +73,8 @@ class DataConfig:
         ):
             if getattr(self, key) < least:
                 yield key, f"= {getattr(self, key)} must be {least} or more"
+        if self.shuffle_block > 1 and self.batch_size % self.shuffle_block:
+            yield "shuffle_block", f"= {self.shuffle_block} does not divide batch_size = {self.batch_size}"
 
     def build_source(self, cache_dir: str) -> Source:
         """The source of `path` if that is set, else of `source`; raises `ConfigError`."""
@@ -133,10 +139,15 @@ class TrainLoader:
         layout = _Layout(mesh, batch_size)
         schedule = Schedule(start_position, batch_size, layout.rows, config.threads, config.workers, batches=None)
         if isinstance(make_example, MakesRows):
+            if config.shuffle_block > 1:
+                raise ConfigError(
+                    f"config.data.shuffle_block = {config.shuffle_block} is for rows of one record each, and this "
+                    "method puts rows together in an order of its own; set it to 1"
+                )
             rows = make_example.rows(source, seed, config.threads, cache_dir)
             _check_same_table(rows.table)
         else:
-            rows = TrainRows(source, make_example, seed)
+            rows = TrainRows(source, make_example, seed, order_of(source, seed, config.shuffle_block))
         self.position, self.batch_size = start_position, batch_size
         self._account = BadRecordAccount(len(source), config.bad_record_budget)
         self._account.add(rows.known_failures)

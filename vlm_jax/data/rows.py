@@ -28,11 +28,11 @@ _ENDLESS = 1 << 56
 _CHUNKS_PER_THREAD = 4
 
 
-def order_of(source: Source, seed: int) -> Order:
-    """The walk of training through a source: epochs, or those of its parts taking turns."""
+def order_of(source: Source, seed: int, block: int = 1) -> Order:
+    """The walk of training through a source: epochs, or those of its parts taking turns; `block` as in `Epochs`."""
     if not isinstance(source, MixtureSource):
-        return Epochs(len(source), seed)
-    orders = [order_of(part, subseed(seed, number)) for number, part in enumerate(source.sources)]
+        return Epochs(len(source), seed, block)
+    orders = [order_of(part, subseed(seed, number), block) for number, part in enumerate(source.sources)]
     return Interleaved(orders, [len(part) for part in source.sources], source.weights)
 
 

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import pickle
 import re
 
@@ -104,6 +105,37 @@ def test_noise_has_its_spread_and_is_a_record_s_own():
     assert (asked[shown]["images"][0].load() != clean[shown]["images"][0].load()).mean() > 0.5
 
 
+@pytest.mark.parametrize("cells", [1, 9])
+def test_variants_of_a_scene_differ_from_it_in_one_word(cells: int):
+    """All in different ones, each drawn anew; families have nothing to do with each other."""
+    config = ShapesConfig(count=70, cells=cells, max_objects=min(cells, 3), variants=14, image_size=32, seed=7)
+    source = config.build("")
+    for first in range(0, 70, 14):
+        scene = {item["position"]: item for item in source[first]["scene"]}
+        found = []
+        for index in range(first + 1, first + 14):
+            record = source[index]
+            changed = {item["position"]: item for item in record["scene"]}
+            words = [set(old.items()) - set(new.items()) for old, new in _matched(scene, changed)]
+            assert sum(map(len, words)) == 1 and len(changed) == len(scene)
+            assert list(changed) == sorted(changed, key=POSITIONS.index)  # captions keep the reading order
+            found.append(source.texts(index)[0])
+            assert (record["image"] != source[first]["image"]).mean() > 0.5  # another ground
+        assert len({*found, source.texts(first)[0]}) == 14
+    plain = dataclasses.replace(config, variants=1).build("")
+    same = {i for i in range(70) if plain.texts(i) == source.texts(i)}
+    assert same >= set(range(0, 70, 14)) and len(same) < 10
+
+
+def _matched(scene: dict, changed: dict) -> list[tuple[dict, dict]]:
+    """Objects at the same places; what moved stands against what came."""
+    gone, came = scene.keys() - changed.keys(), changed.keys() - scene.keys()
+    pairs = zip(sorted(gone), sorted(came), strict=True)
+    return [(scene[place], changed[place]) for place in scene.keys() & changed.keys()] + [
+        (scene[old], changed[new]) for old, new in pairs
+    ]
+
+
 def test_shapes_differ_from_each_other():
     from PIL import Image, ImageDraw
 
@@ -127,6 +159,8 @@ def test_impossible_scenes_are_refused():
         (ShapesConfig(min_objects=4), "min_objects"),
         (ShapesConfig(max_objects=10), "min_objects"),
         (ShapesConfig(noise=2.0), "noise"),
+        (ShapesConfig(variants=0), "variants"),
+        (ShapesConfig(variants=15), "variants"),
     ):
         with pytest.raises(ConfigError, match=f"source.{key} "):
             schema.validate(config, "config.data.source")

@@ -37,6 +37,8 @@ POSITIONS = (
     "bottom left", "bottom centre", "bottom right",
 )  # fmt: skip
 _SUPERSAMPLING = 4
+# A scene, and all that one object in it can become where it is.
+_MOST_VARIANTS = len(SHAPES) + len(COLORS) + len(SIZES) - 2
 _SPLIT_STREAMS = {"train": 0, "test": 1}
 
 
@@ -54,6 +56,8 @@ class ShapesConfig(SourceConfig):
     min_objects: int = 1
     # ... to this many
     max_objects: int = 3
+    # records in a row that show one scene, all but the first with one word of one object changed
+    variants: int = 1
     # places for objects: 9, the grid, or 1, the whole image, whose object is three times as large
     cells: Literal[1, 9] = 9
     # spread of the noise in each pixel and channel, as a part of the range from black to white
@@ -77,6 +81,8 @@ class ShapesConfig(SourceConfig):
             yield "image_size", f"= {self.image_size} is too small to tell the shapes apart; use 16 or more"
         if not 0 <= self.noise <= 1:
             yield "noise", f"= {self.noise} must be from 0, none, to 1"
+        if not 1 <= self.variants <= _MOST_VARIANTS:
+            yield "variants", f"= {self.variants} must be from 1, unrelated scenes, to {_MOST_VARIANTS}"
         if self.max_rounds < 1:
             yield "max_rounds", f"= {self.max_rounds} leaves no question; use 1 or more"
         if "more" in self.conversations and self.min_objects == self.max_objects:
@@ -214,9 +220,14 @@ class ShapesSource:
     def _scene(self, index: int) -> tuple[np.random.Generator, Scene]:
         if not 0 <= index < self.config.count:
             raise IndexError(f"shapes has {self.config.count} records, no record {index}")
-        rng = self._rng(index, 0)
-        count = int(rng.integers(self.config.min_objects, self.config.max_objects + 1))
-        return rng, _random_scene(rng, count, self.config.cells)
+        config = self.config
+        number = index % config.variants
+        rng = self._rng(index - number, 0)
+        scene = _random_scene(rng, int(rng.integers(config.min_objects, config.max_objects + 1)), config.cells)
+        if number == 0:
+            return rng, scene
+        changes = _changes(scene, config.cells)
+        return self._rng(index, 0), changes[rng.permutation(len(changes))[number - 1]]
 
 
 def _random_scene(rng: np.random.Generator, count: int, places: int = len(POSITIONS)) -> Scene:
@@ -231,6 +242,20 @@ def _random_scene(rng: np.random.Generator, count: int, places: int = len(POSITI
         }
         for cell in cells
     ]
+
+
+def _changes(scene: Scene, places: int) -> list[Scene]:
+    """Every scene that differs in one word: the colour, shape, size or place of one object."""
+    taken = {item["position"] for item in scene}
+    words = {"shape": SHAPES, "color": COLORS, "size": SIZES, "position": POSITIONS if places == len(POSITIONS) else ()}
+    changed = []
+    for number, item in enumerate(scene):
+        for name, choices in words.items():
+            for word in choices:
+                if word != item[name] and not (name == "position" and word in taken):
+                    objects = [*scene[:number], item | {name: word}, *scene[number + 1 :]]
+                    changed.append(sorted(objects, key=lambda one: POSITIONS.index(one["position"])))
+    return changed
 
 
 def _named(scene: Scene) -> list[tuple[int, str]]:
