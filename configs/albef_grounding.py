@@ -46,15 +46,15 @@ SMOKE = {
 def shapes() -> dict[str, Any]:
     """What the small model has of its own; it starts from a run of its pre-training."""
     pretrained, steps = SHAPES.get_config(), 300
-    phrases = dataclasses.replace(SHAPES.SCENES, captions="object", seed=3)
+    phrases = dataclasses.replace(SHAPES.SCENES, variants=1, captions="object", seed=3)
     return {
         "objective": override(pretrained.objective, RETRIEVAL.LOSSES | {"distillation_steps": 0}),
-        "data": dataclasses.replace(pretrained.data, source=phrases),
+        "data": dataclasses.replace(pretrained.data, source=phrases, shuffle_block=1),
         "optimizer": AdamW(learning_rate=3e-4, weight_decay=0.02, schedule=Cosine(warmup_steps=steps // 20)),
         "init_from": InitFrom(path="runs/albef_shapes", extra=True, tokenizer=True),
         "train": TrainConfig(steps=steps, log_every=50),
         "checkpoint": CheckpointConfig(every=200, keep=1),
-        "evals": (GroundingConfig("objects", dataclasses.replace(SHAPES.HELD_OUT, named_objects=True), layer=2),),
+        "evals": (GroundingConfig("objects", SHAPES.NAMED, layer=2),),
     }
 
 
