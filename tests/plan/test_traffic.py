@@ -27,6 +27,18 @@ FUSIONS = """HloModule test, num_partitions=1
 }
 
 """
+# One step of a product beside which a gather goes on: the compiler hands the gather's buffers from fusion to fusion.
+CARRIED = """%carry (p: f32[10,64], s: f32[3,64], w: f32[12,64]) -> (f32[10,64], f32[3,64], f32[12,64], f32[12,64]) {
+  %p = f32[10,64]{1,0} parameter(0)
+  %s = f32[3,64]{1,0} parameter(1)
+  %w = f32[12,64]{1,0} parameter(2)
+  %n = f32[10,64]{1,0} negate(%p)
+  %g = f32[12,64]{1,0} all-gather(%s), channel_id=1, replica_groups={}, dimensions={0}, \
+backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %t = (f32[10,64], f32[3,64], f32[12,64], f32[12,64]) tuple(%n, %s, %w, %g)
+}
+
+"""
 ENTRY = """ENTRY %main (a: f32[10,64], k: s32[]) -> f32[10,64] {{
   %a = f32[10,64]{{1,0}} parameter(0)
   %k = s32[] parameter(1)
@@ -41,6 +53,8 @@ WHOLE, ROW = 10 * 64 * 4, 64 * 4
     [
         ("ROOT %n = f32[10,64]{1,0} negate(%a)", 2 * WHOLE),
         # a result in VMEM costs HBM nothing
+        # a slice that is fetched early reads and writes the slice
+        ("ROOT %s = ((f32[10,64]{1,0}), f32[2,64]{1,0}, s32[]{:S(2)}) slice-start(%a), slice={[0:2], [0:64]}", 4 * ROW),
         ("ROOT %n = f32[10,64]{1,0:T(8,128)S(1)} negate(%a)", WHOLE),
         ("ROOT %c = (f32[10,64]{1,0:S(1)}, f32[10,64]{1,0}, u32[]{:S(2)}) copy-start(%a)", WHOLE),
         # a fusion that takes one row reads one row, and the index
@@ -60,6 +74,16 @@ def test_what_moves(line: str, moved: int) -> None:
     text = FUSIONS + ENTRY.format(line=line) if used else "HloModule t\n\n" + ENTRY.format(line=line)
     module = parse_hlo(text)
     assert hbm_traffic(module, executions(module)) == moved
+
+
+def test_what_a_fusion_only_hands_on_does_not_move() -> None:
+    line = (
+        "%x = f32[3,64]{1,0} bitcast(%a)\n  %y = f32[12,64]{1,0} bitcast(%a)\n"
+        "  ROOT %f = (f32[10,64]{1,0}, f32[3,64]{1,0}, f32[12,64]{1,0}, f32[12,64]{1,0}) fusion(%a, %x, %y), "
+        "kind=kOutput, calls=%carry"
+    )
+    module = parse_hlo("HloModule t, num_partitions=4\n\n" + CARRIED + ENTRY.format(line=line))
+    assert hbm_traffic(module, executions(module)) == 2 * WHOLE
 
 
 def test_synchronous_communication_hides_behind_nothing() -> None:

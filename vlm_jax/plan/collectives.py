@@ -81,7 +81,7 @@ def find_collectives(module: Module, found: Sequence[Execution]) -> list[Collect
         if kind not in _KINDS:
             continue
         identity = (kind, instruction.attribute("channel_id"))
-        if _is_continuation(execution):
+        if execution.fused and is_continuation(execution.computation, instruction):
             continued[identity] = instruction
         else:
             started.add(identity)
@@ -95,25 +95,21 @@ def find_collectives(module: Module, found: Sequence[Execution]) -> list[Collect
     return [collective for collective in collectives if collective.wire_bytes]
 
 
-def _is_continuation(execution: Execution) -> bool:
-    """Whether this stands for an operation that another fusion started.
+def is_continuation(computation: Computation, instruction: Instruction) -> bool:
+    """Whether this stands, in a fusion, for a collective that another fusion started.
 
     The compiler repeats an asynchronous operation in every fusion that carries it along and in the one that ends it.
     """
-    return (
-        execution.fused
-        and "async_collective_fusion_config" in (execution.instruction.attribute("backend_config") or "")
-        and not _starts(execution)
-    )
+    carried = "async_collective_fusion_config" in (instruction.attribute("backend_config") or "")
+    return carried and not _starts(computation, instruction)
 
 
-def _starts(execution: Execution) -> bool:
-    instructions = execution.computation.instructions
+def _starts(computation: Computation, instruction: Instruction) -> bool:
     return any(
         other.opcode == "custom-call"
         and other.attribute("custom_call_target") == "AsyncCollectiveStart"
-        and execution.instruction.name in (_source(execution.computation, name) for name in other.operands)
-        for other in instructions.values()
+        and instruction.name in (_source(computation, name) for name in other.operands)
+        for other in computation.instructions.values()
     )
 
 
@@ -140,7 +136,7 @@ def _within_slice(module: Module, execution: Execution, kind: str) -> Collective
         name=instruction.name,
         kind=kind,
         network=ICI,
-        asynchronous=instruction.opcode.endswith("-start") or execution.concurrent or _starts(execution),
+        asynchronous=instruction.opcode.endswith("-start") or execution.concurrent or _starts(computation, instruction),
         times=execution.times,
         participants=participants,
         wire_bytes=execution.times * wire,

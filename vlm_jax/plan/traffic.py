@@ -4,6 +4,7 @@ hardware has confirmed it. Good for comparing plans on one chip, not as a promis
 
 from collections.abc import Sequence
 
+from vlm_jax.plan.collectives import is_continuation
 from vlm_jax.plan.hlo import Array, Computation, Instruction, Module
 from vlm_jax.plan.hlo_cost import Execution
 
@@ -50,7 +51,8 @@ def _moved(module: Module, computation: Computation, instruction: Instruction) -
         update = operands[-1] if opcode == "scatter" else operands[1]
         return _sizes(update) + _in_hbm(instruction.arrays, update[0].bytes)
     if opcode in ("copy-start", "slice-start"):
-        target, source = instruction.arrays[0], operands[0]
+        # (target, source, context) of a copy, ((source), target, context) of a slice
+        target, source = instruction.arrays[opcode == "slice-start"], operands[0]
         return _sizes((target,)) + _in_hbm(source, target.bytes)
     return sum(map(_sizes, operands)) + _sizes(instruction.arrays)
 
@@ -73,6 +75,8 @@ def _read(module: Module, fused: Computation, name: str, arrays: Sequence[Array]
         for position, operand in enumerate(user.operands):
             if operand != name:
                 continue
+            if user.opcode == "tuple" or is_continuation(fused, user):
+                continue  # only handed on
             if user.opcode in _SLICES and position == 0:
                 sliced += user.arrays[0].bytes
             elif user.opcode == "dynamic-update-slice" and position == 0:
@@ -92,7 +96,7 @@ def _read_by(module: Module, fused: Computation, user: Instruction, position: in
 
 
 def _written(fused: Computation, arrays: Sequence[Array]) -> int:
-    """What a fusion writes: of a result that updates an operand in place, the update."""
+    """What a fusion writes: of a result that updates an operand in place, the update; of what it hands on, nothing."""
     root = fused.root
     names = root.operands if root.opcode == "tuple" else (root.name,)
     if len(names) != len(arrays):
@@ -102,6 +106,8 @@ def _written(fused: Computation, arrays: Sequence[Array]) -> int:
         made = fused.instructions[name]
         while made.opcode == "bitcast":
             made = fused.instructions[made.operands[0]]
+        if made.opcode == "parameter" or is_continuation(fused, made):
+            continue
         updates = made.opcode == "dynamic-update-slice"
         size = fused.instructions[made.operands[1]].arrays[0].bytes if updates else array.bytes
         total += _in_hbm((array,), size)
