@@ -72,7 +72,8 @@ _HEADER = """# Plans
 What the compiler says of every recipe on the chips that it is meant for, made by `python -m vlm_jax.plan --table`.
 HBM, FLOPs and communication are those of the compiled step on each device; the roofline is a lower bound of its time by
 data sheet and no measurement. A ratio of FLOPs above 1 is a ResNet's: what a convolution multiplies with its padding is
-a model FLOP by the field's custom, and no compiled one. How to read them: [planning.md](planning.md).
+a model FLOP by the field's custom, and no compiled one. A roofline of – is to be planned anew, since the count of HBM
+traffic was mended. How to read them: [planning.md](planning.md).
 """
 
 
