@@ -7,12 +7,13 @@ Three runs of configs/albef_shapes.py, one after the other: on true captions; an
 by other scenes, with and without the averaged model in the targets. The first goes on with captions that name one
 object (configs/albef_grounding.py:shapes). All are judged on the same held-out scenes and true captions. A run has its
 own folder under the workdir: it is not made again, and one that was stopped goes on. Writes WORKDIR/albef_shapes.json
-and .md; `--docs` also writes the table into docs/albef.md. `--quick` shows in a minute or two that it all works; its
-numbers mean nothing.
+and .md; `--docs` also writes the table into docs/albef.md and the maps of the model tuned on phrases beside it.
+`--quick` shows in a minute or two that it all works; its numbers mean nothing.
 """
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,6 +129,8 @@ def main(arguments: list[str], docs: Path = ROOT / "docs") -> int:
         (flags.workdir / "albef_shapes.md").write_text(text + "\n")
         if flags.docs:
             write_between(docs / "albef.md", BEGIN, END, text)
+            for maps in sorted((flags.workdir / "tuned" / "pictures").glob("grounding-objects-maps-*.png")):
+                shutil.copy(maps, docs / "albef_grounding.png")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
