@@ -52,9 +52,9 @@ WHOLE, ROW = 10 * 64 * 4, 64 * 4
     ("line", "moved"),
     [
         ("ROOT %n = f32[10,64]{1,0} negate(%a)", 2 * WHOLE),
-        # a result in VMEM costs HBM nothing
         # a slice that is fetched early reads and writes the slice
         ("ROOT %s = ((f32[10,64]{1,0}), f32[2,64]{1,0}, s32[]{:S(2)}) slice-start(%a), slice={[0:2], [0:64]}", 4 * ROW),
+        # a result in VMEM costs HBM nothing
         ("ROOT %n = f32[10,64]{1,0:T(8,128)S(1)} negate(%a)", WHOLE),
         ("ROOT %c = (f32[10,64]{1,0:S(1)}, f32[10,64]{1,0}, u32[]{:S(2)}) copy-start(%a)", WHOLE),
         # a fusion that takes one row reads one row, and the index
